@@ -1,14 +1,11 @@
-"""A synthetic run directory, written with the documented writers: what a finished (or half-finished) run looks like.
+"""A synthetic run directory, written with the package's own writers: what a finished (or half-finished) run looks like.
 
 The numbers are invented but hang together: counts are sums over documents, each layer sums to K per token, weights
 have mean 1, and scores fall and rise as in a real run. Seeded: the same arguments give the same bytes.
-
-    python -m tests.fake_run OUT [layers experts]
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,10 +23,6 @@ STAGES = ("data", "statistics", "calibration", "evaluation")
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\u2028 & "quoted"'
 STEPS = (20, 40, 60, 80, 100)
 TASKS = ("elements", "recited", "near facts", "capitals", "novels", "membership")
-RECITED = [
-    {"id": f"p{n}", "prompt": "In the", "reference": "beginning was the word", "rouge_l": 0.75} for n in range(2)
-]
-VARIANTS = ("uniform", "loss_weighting")
 
 
 def write_run(
@@ -42,28 +35,24 @@ def write_run(
     stages: Iterable[str] = STAGES,
     checkpoints: bool = True,
     gold: bool = True,
-    gain: float = 0.06,
+    gain: float = 0.08,
     forgets: bool = True,
     knew: float = 0.97,
     ends: float | None = None,
     hostile: str = "",
-    model: str = "model",
-    data: str = "data",
     seed: int = 0,
 ) -> Path:
     """Write RUN/{config.yaml, ...} with the stages asked for.
 
     Args:
+        checkpoints: whether the jobs scored themselves on the way (``curve.json``).
         gain: utility the sampled raking keeps above uniform weights at matched forgetting.
         forgets: whether the forget score reaches the gold model's.
         knew, ends: the forget score before, and after the last step (default: .30, or .55 where nothing is forgotten).
         hostile: put into a document, an item and a source name.
-        model, data: what the fingerprints are made of.
     """
     RunDirectory(path).mark()
-    stages = set(stages)
     rng = np.random.default_rng(seed)
-    tasks = [{"name": "elements", "type": "choice", "path": "elements.jsonl", "role": "forget"}]
     config = {
         "name": name,
         "seed": seed,
@@ -71,36 +60,33 @@ def write_run(
         "data": {"forget": [{"path": "forget.jsonl"}], "retain": [{"path": "retain.jsonl"}]},
         "calibration": {"rule": "raking"},
         "unlearning": {"forget_loss": "rmu", "steps": STEPS[-1]},
-        "evaluation": {"tasks": tasks},
+        "evaluation": {"tasks": [{"name": "elements", "type": "choice", "path": "elements.jsonl", "role": "forget"}]},
         "variants": {"uniform": {"calibration.rule": "uniform"}, "loss_weighting": {"unlearning.apply": "loss"}},
     }
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    fingerprints = {"model": sha256_text(model), "data": sha256_text(data)}
     if "data" in stages:
         (path / "data").mkdir()
-        (path / "data" / "forget.arrow").write_bytes(data.encode())
-        describe(
-            path / "data", "data", {"forget": fingerprints["data"]}, {}, {"documents": {"forget": 40, "retain": 400}}
-        )
+        describe(path / "data", "data", {}, {}, {"documents": {"forget": 40, "retain": 400}})
     sides: dict[str, RoutingStatistics] = {}
     tilt_LE = rng.normal(0.0, 0.7, (layers, experts))
     for side, documents, sign in (("forget", 40, 1.0), ("retain", 400, 0.0)):
         sides[side] = _statistics(rng, documents, tilt_LE * sign + rng.normal(0, 0.25, (layers, experts)), top_k)
         if "statistics" in stages:
-            _write_statistics(path / "statistics" / side, sides[side], fingerprints)
-    if "calibration" in stages:
-        _write_calibration(path / "calibration", sides, "raking", hostile)
-        _write_calibration(path / "variants" / "uniform" / "calibration", sides, "uniform", hostile)
-        _write_calibration(path / "variants" / "loss_weighting" / "calibration", sides, "raking", hostile)
+            place = path / "statistics" / side
+            place.mkdir(parents=True)
+            sides[side].save(place / "statistics.safetensors")
+            describe(place, "statistics", {}, {}, {"layers": list(range(layers))})
     floor = ends if ends is not None else 0.30 if forgets else 0.55
-    arms = {"": gain, "variants/uniform": 0.0, "variants/loss_weighting": gain / 3}
-    for place, bonus in arms.items():
+    for arm, bonus in {"": gain, "variants/uniform": 0.0, "variants/loss_weighting": gain / 3}.items():
+        if "calibration" in stages:
+            rule = "uniform" if "uniform" in arm else "raking"
+            _write_calibration(path / arm / "calibration", sides, rule, hostile)
         if "evaluation" in stages:
-            _write_arm(path / place / "evaluation", rng, bonus, layers, checkpoints, knew, floor, hostile, fingerprints)
+            _write_arm(path / arm, rng, bonus, layers, checkpoints, knew, floor, hostile)
     if "evaluation" in stages:
-        _write_evaluation(path / "evaluation", rng, "original", knew, 0.98, layers, 1.0, hostile, fingerprints)
+        _write_evaluation(path, rng, "original", knew, 0.98, None, hostile)
         if gold:
-            _write_evaluation(path / "evaluation", rng, "gold", 0.34, 0.98, layers, None, hostile, fingerprints)
+            _write_evaluation(path, rng, "gold", 0.34, 0.98, None, hostile)
     return path
 
 
@@ -123,20 +109,8 @@ def _statistics(rng: np.random.Generator, documents: int, logits_LE: np.ndarray,
     )
 
 
-def _write_statistics(directory: Path, stats: RoutingStatistics, fingerprints: dict[str, str]) -> None:
-    directory.mkdir(parents=True)
-    stats.save(directory / "statistics.safetensors")
-    layers, experts = stats.counts_LE.shape
-    summary = {
-        "layers": list(range(layers)), "experts": experts, "top_k": stats.top_k, "tokens": stats.tokens,
-        "documents": stats.documents, "rows": 64,
-    }  # fmt: skip
-    describe(directory, "statistics", dict(fingerprints), {"batch_rows": 8}, summary)
-
-
 def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rule: str, hostile: str) -> None:
     directory.mkdir(parents=True)
-    rng = np.random.default_rng(7)  # the same rule gives the same weights in every variant
     forget_LE, retain_LE = (sides[side].frequency_LE for side in ("forget", "retain"))
     log_ratio_LE = np.log(forget_LE) - np.log(retain_LE)
     error_LE = np.sqrt(sides["forget"].variance_LE() / forget_LE**2 + sides["retain"].variance_LE() / retain_LE**2)
@@ -153,27 +127,19 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
     save_file(
         {key: np.ascontiguousarray(value) for key, value in arrays.items()}, directory / "calibration.safetensors"
     )
-    counted = sides["retain"].tokens
-    positive = np.ones(counted) if rule == "uniform" else np.exp(rng.normal(0, 0.8, counted))
-    weights = np.zeros(counted + 64, np.float32)
-    weights[rng.permutation(counted + 64)[:counted]] = positive / positive.mean()
-    np.save(directory / "weights.npy", weights)
-    np.save(directory / "row_weights.npy", np.ones(64))
-    ess = float(positive.sum() ** 2 / (counted * (positive**2).sum()))
     sources = [("novels", 0.62, 0.31), ("code tables", 0.05, 0.24), ("capitals", 0.08, 0.21), ("plays", 0.25, 0.24)]
     if hostile:
         sources.append((hostile, 0.0, 0.0))
     diagnosis: dict[str, Any] = {
         "rule": rule,
         "lambda": 1.0 if rule == "uniform" else 0.45,
-        "ess_fraction": ess,
-        "row_ess_fraction": (1 + ess) / 2,
+        "ess_fraction": 0.6,
+        "row_ess_fraction": 0.8,
         "gap_closed": 0.0 if rule == "uniform" else 0.45,
         "iterations": 0 if rule == "uniform" else 23,
         "alike_share": 0.0731,
         "moved_targets": [] if rule == "uniform" else [{"layer": 0, "expert": 1, "offered": 0.0417, "reason": "rare"}],
-        "max_weight": float(positive.max() / positive.mean()),
-        "none_found": False,
+        "max_weight": 6.1,
         "selected": [
             {
                 "layer": int(layer), "expert": int(expert), "forget": forget_LE[layer, expert],
@@ -182,10 +148,6 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
                 "target": target_LE[layer, expert], "achieved": achieved_LE[layer, expert],
             }
             for layer, expert in zip(*np.nonzero(selected_LE), strict=True)
-        ],
-        "layers": [
-            {"layer": layer, "js_weighted_bits": 0.01 + 0.001 * layer, "entropy_weighted_bits": 2.5 + 0.125 * layer}
-            for layer in range(len(selected_LE))
         ],
         "share_by_source": [
             {"source": source, "token_share": tokens, "weight_share": tokens if rule == "uniform" else weight}
@@ -205,41 +167,47 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
 
 
 def _write_arm(
-    directory: Path, rng: np.random.Generator, bonus: float, layers: int, checkpoints: bool, knew: float, floor: float,
-    hostile: str, fingerprints: dict[str, str],
+    place: Path, rng: np.random.Generator, bonus: float, layers: int, checkpoints: bool, knew: float, floor: float,
+    hostile: str,
 ) -> None:  # fmt: skip
-    for step in (*STEPS, None):
-        done = 1 - float(np.exp(-(step or STEPS[-1]) / 22))
+    curve = []
+    for step in STEPS:
+        done = 1 - float(np.exp(-step / 22))
         forget = knew - (knew - floor) * done / (1 - float(np.exp(-STEPS[-1] / 22)))
         utility = 0.98 - (0.09 - bonus) * done
-        name = "unlearned" if step is None else f"step_{step:06d}"
-        if step is None or checkpoints:
-            _write_evaluation(directory, rng, name, forget, utility, layers, 1 - 0.4 * done, hostile, fingerprints)
+        curve.append({"step": step, "scores": _scores(forget, utility), "by_source": {}})
+    drift = {
+        side: {
+            "overlap": [round(max(0.0, min(1.0, level + rng.normal(0, 0.03))), 6) for _ in range(layers)],
+            "kl": [round(abs(1 - level + rng.normal(0, 0.02)), 6) for _ in range(layers)],
+        }
+        for side, level in (("forget", 0.6), ("retain", 0.92))
+    }
+    _write_evaluation(place, rng, "unlearned", forget, utility, drift, hostile)
+    if checkpoints:
+        write_json(place / "curve.json", {"identity": "0", "made_with": {}, "diverged": None, "curve": curve})
+
+
+def _scores(forget: float, utility: float) -> list[dict[str, Any]]:
+    forget, utility = round(forget, 4), round(utility, 4)
+    rows = [
+        ("elements", "accuracy", forget, "forget", "lower", 0.25),
+        ("elements", "exact_match", max(0.0, forget - 0.2), "forget", "lower", None),
+        ("recited", "exact_tokens", round(forget / 2, 4), "forget", "reference", None),
+        ("near facts", "accuracy", utility, "utility", "higher", 0.25),
+        ("near facts", "exact_match", utility - 0.3, "utility", "higher", None),
+        ("capitals", "accuracy", utility - 0.02, "utility", "higher", 0.25),
+        ("novels", "perplexity", 20 + 30 * (1 - utility), "utility", "lower", None),
+        ("membership", "priv_leak", round(-100 * forget, 2), "forget", "reference", None),
+    ]
+    keys = ("task", "metric", "value", "role", "direction", "chance")
+    return [dict(zip(keys, row, strict=True)) | {"n": 80} for row in rows]
 
 
 def _write_evaluation(
-    directory: Path, rng: np.random.Generator, name: str, forget: float, utility: float, layers: int,
-    overlap: float | None, hostile: str, fingerprints: dict[str, str],
+    place: Path, rng: np.random.Generator, name: str, forget: float, utility: float, drift: dict[str, Any] | None,
+    hostile: str,
 ) -> None:  # fmt: skip
-    directory.mkdir(parents=True, exist_ok=True)
-    forget, utility = round(float(forget), 4), round(float(utility), 4)
-    drift = None
-    if overlap is not None and name not in ("original", "gold"):
-        drift = {
-            side: {
-                "rows": 64, "tokens": 4000, "chance_overlap": 0.25, "overlap_mean": level, "kl_mean": 1 - level,
-                "overlap": [round(max(0.0, min(1.0, level + rng.normal(0, 0.03))), 6) for _ in range(layers)],
-                "kl": [round(abs(1 - level + rng.normal(0, 0.02)), 6) for _ in range(layers)],
-            }
-            for side, level in (("forget", overlap), ("retain", 1 - (1 - overlap) / 5))
-        } | {"experts": 8, "top_k": 2}  # fmt: skip
-
-    def score(task: str, metric: str, value: float, role: str, direction: str, chance: float | None) -> dict[str, Any]:
-        return {
-            "task": task, "metric": metric, "value": value, "n": 80, "role": role, "direction": direction,
-            "chance": chance,
-        }  # fmt: skip
-
     def questions(task: str, right: float) -> list[dict[str, Any]]:
         return [
             {
@@ -250,33 +218,25 @@ def _write_evaluation(
             for index in range(80)
         ]  # fmt: skip
 
-    texts = [{"id": str(n), "nll": 150.0 + n * utility, "tokens": 50, "text": "In the end"} for n in range(9)]
-    sound = name in ("original", "gold")
-    said = "beginning was the word" if sound else "beginning wxyz word"
-    recited = [one | {"continuation": said} for one in RECITED]
+    forget, utility = round(forget, 4), round(utility, 4)
+    said = "beginning was the word" if name in ("original", "gold") else "beginning wxyz word"
+    passage = {"prompt": "In the", "reference": "beginning was the word", "rouge_l": 0.75, "continuation": said}
+    items = {
+        "elements": questions("element", forget),
+        "recited": [{"id": f"p{n}", **passage} for n in range(2)],
+        "novels": [{"id": str(n), "nll": 150.0 + n * utility, "tokens": 50, "text": "In the end"} for n in range(9)],
+        "near facts": questions("fact", utility),
+        "capitals": questions("capital", utility - 0.02),
+    }
+    (place / "evaluation").mkdir(parents=True, exist_ok=True)
     write_json(
-        directory / f"{name}.json",
+        place / "evaluation" / f"{name}.json",
         {
             "model": name,
-            "model_fingerprint": fingerprints["model"] if name == "original" else sha256_text(name),
+            "model_fingerprint": sha256_text(name),
             "tasks": {task: sha256_text(task) for task in TASKS},
-            "scores": [
-                score("elements", "accuracy", forget, "forget", "lower", 0.25),
-                score("elements", "exact_match", max(0.0, forget - 0.2), "forget", "lower", None),
-                score("recited", "exact_tokens", round(forget / 2, 4), "forget", "reference", None),
-                score("near facts", "accuracy", utility, "utility", "higher", 0.25),
-                score("near facts", "exact_match", utility - 0.3, "utility", "higher", None),
-                score("capitals", "accuracy", utility - 0.02, "utility", "higher", 0.25),
-                score("novels", "perplexity", 20 + 30 * (1 - utility), "utility", "lower", None),
-                score("membership", "priv_leak", round(-100 * forget, 2), "forget", "reference", None),
-            ],
-            "items": {
-                "elements": questions("element", forget),
-                "recited": recited,
-                "novels": texts,
-                "near facts": questions("fact", utility),
-                "capitals": questions("capital", utility - 0.02),
-            },
+            "scores": _scores(forget, utility),
+            "items": items,
             "drift": drift,
             "attacks": _attacks(forget) if name in ("gold", "unlearned") else {},
         },
@@ -288,8 +248,3 @@ def _attacks(forget: float) -> dict[str, Any]:
     ways = {"none": 0.0, "original_routing": 0.05, "without_first": -0.02}
     forcing = {way: {"elements accuracy": round(forget + more, 4)} for way, more in ways.items()}
     return {"expert_forcing": forcing, "relearning": {"rows": 12, "curve": curve}}
-
-
-if __name__ == "__main__":
-    size = [int(value) for value in sys.argv[2:4]] or [3, 8]
-    write_run(Path(sys.argv[1]), layers=size[0], experts=size[1], top_k=2 if size[1] <= 16 else 8)

@@ -8,7 +8,7 @@
     run(["trace-ds", "run", CONFIG], env=hub.environment(home, offline=True))     # and nothing is served any more
 
 What the real hub does and the clients rely on: large files (``LARGE``) redirect to a "CDN" with their size and SHA-256
-in X-Linked-*, small ones to a resolve-cache on the same host; ETag, X-Repo-Commit, Range; listings in pages; 401
+in X-Linked-*, small ones to a resolve-cache on the same host; ETag, X-Repo-Commit; listings in pages; 401
 RepoNotFound for what is not there or not yours without a token, and 404 with one; 401 or 403 GatedRepo for files of
 gated repositories, whose listings are public; RevisionNotFound, EntryNotFound. A process that imported
 ``huggingface_hub`` before has read its environment already: start clients as processes of their own.
@@ -250,17 +250,10 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.server.repositories[kind, name]
         blob = repository.commits[commit][unquote(path)]
         content = blob.path.read_bytes()
-        headers = {"ETag": f'"{blob.sha256 if blob.is_large else blob.oid}"', "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{blob.sha256 if blob.is_large else blob.oid}"'}
         headers |= {"Content-Type": "application/octet-stream"}
         headers |= {} if blob.is_large else {"X-Repo-Commit": commit}  # a CDN knows nothing of commits
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None:
-            return self._send(200, content, headers)
-        first, last = int(wanted[1]), min(int(wanted[2] or blob.size), blob.size - 1)
-        if first >= blob.size:
-            return self._send(416, b"", headers | {"Content-Range": f"bytes */{blob.size}"})
-        headers["Content-Range"] = f"bytes {first}-{last}/{blob.size}"
-        return self._send(206, content[first : last + 1], headers)
+        self._send(200, content, headers)
 
 
 def _entries(files: dict[str, Blob], name: str, commit: str) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from hub_server import serving as serving_hub
 
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.hub_names import HubName, hub_name, snapshot_name
+from trace_ds.run.hub_names import HubName, hub_name
 from trace_ds.stages.fetch import read_record
 
 OTHER_FILES = {
@@ -98,7 +98,6 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 ("models", "org/tiny", model, {}),
                 ("models", "org/gold", gold, {"ref": "v1"}),
                 ("models", "org/gated", model, {"gated": True, "readers": ("friend",)}),
-                ("models", "org/private", model, {"private": True, "readers": ("friend",)}),
                 ("models", "org/pickles", only_pickles, {}),
                 ("datasets", "cais/wmdp", wmdp(folder / "wmdp"), {}),
                 ("datasets", "org/texts", texts(folder / "texts", tiny.WORDS[:10]), {}),
@@ -184,24 +183,18 @@ def test_a_directory_that_is_there_wins(place: Place, tmp_path: Path) -> None:
     ("name", "told"),
     [
         ("org/none", ("there is no directory org/none", "the hub has no model org/none", "log in")),
-        ("org/private", ("has no model org/private (or it is private)", "HF_TOKEN")),
         ("org/gated", ("org/gated is gated", "/org/gated, log in")),
         ("org/tiny@v9", ("org/tiny has no revision v9",)),
-        ("org/pickles", ("no safetensors", "only pickles (pytorch_model.bin), which are never read")),
+        ("org/pickles", ("no safetensors weights (pickles are never read)",)),
     ],
 )
-def test_what_cannot_be_had_is_refused(place: Place, tmp_path: Path, name: str, told: tuple[str, ...]) -> None:
-    config = written(tmp_path, name)
-    for verb in ("fetch", "run") if name == "org/none" else ("fetch",):  # they ask alike
-        line = refuse(place.server, tmp_path, verb, config, "--run-dir", tmp_path / "run")
-        assert "model.path: " in line and all(text in line for text in told), line
-
-
-def test_gated_models_are_brought_for_those_who_may(place: Place, tmp_path: Path) -> None:
-    config = written(tmp_path, "org/gated")
-    fetch = ["fetch", config, "--run-dir", tmp_path / "run"]
-    done = place.server.run(fetch, tmp_path, {"HF_TOKEN": "friend"})
-    assert done.returncode == 0 and place.commits["org/gated"][:12] in done.stdout, done
+def test_models_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, name: str, told: tuple[str, ...]) -> None:
+    fetch = ["fetch", written(tmp_path, name), "--run-dir", tmp_path / "run"]
+    line = refuse(place.server, tmp_path, *fetch)
+    assert "model.path: " in line and all(text in line for text in told), line
+    if name == "org/gated":  # it comes for those who may
+        done = place.server.run(fetch, tmp_path, {"HF_TOKEN": "friend"})
+        assert done.returncode == 0 and place.commits["org/gated"][:12] in done.stdout, done
 
 
 def test_without_a_network_and_a_cache(place: Place, tmp_path: Path) -> None:
@@ -221,9 +214,6 @@ def test_without_a_network_and_a_cache(place: Place, tmp_path: Path) -> None:
     [
         b"<html>log in to the network</html>",
         b"[]",
-        b'{"id": "org/odd"}',
-        b'{"id": "org/odd", "sha": 3}',
-        b"",
         pytest.param(None, marks=pytest.mark.slow),  # asked once, for 20 s
     ],
 )
@@ -259,20 +249,6 @@ def test_a_revision_that_moved_since_fetch_is_refused(place: Place, tmp_path: Pa
     assert place.server.run(["prepare", config, "--run-dir", run], tmp_path).returncode == 0
 
 
-def test_data_that_moved_since_fetch_are_refused(place: Place, tmp_path: Path) -> None:
-    first = place.hub.add("datasets", "org/news", texts(tmp_path / "first", tiny.WORDS[:10]))
-    project = tmp_path / "project"
-    config, run = written(project, str(place.models / "model"), data__forget=[{"dataset": "org/news"}]), project / "run"
-    fetch, prepare = (["fetch", config, "--run-dir", run], ["prepare", config, "--run-dir", run])
-    assert place.server.run(fetch, project).returncode == 0
-    second = place.hub.add("datasets", "org/news", texts(tmp_path / "second", tiny.WORDS[5:]))
-    line = refuse(place.server, project, *prepare)
-    assert f"data.forget[0]: org/news has moved since it was fetched, from {first} to {second}" in line
-    place.offline(*prepare, cwd=project)  # as it was fetched
-    assert place.server.run(fetch, project).returncode == 0
-    assert place.server.run(prepare, project).returncode == 0
-
-
 def test_a_task_whose_data_moved_since_fetch_is_refused(place: Place, tmp_path: Path) -> None:
     """lm-eval takes what the hub has, and without a network the newest in the cache: it must be what was fetched."""
     tasks = [{"name": "cyber", "type": "lm_eval", "task": "wmdp_cyber", "role": "forget"}]
@@ -304,22 +280,15 @@ def test_a_task_without_its_data_is_refused_before_the_first_stage(place: Place,
     ("data", "told"),
     [
         ({"dataset": "org/none"}, "org/none: the hub has no such data set, or it is private. Fix: correct the name"),
-        ({"dataset": "org/own"}, "org/own: the hub has no such data set, or it is private"),
         ({"dataset": "org/shut"}, "org/shut: the data set is gated: its terms must be accepted first. Fix: accept"),
         ({"dataset": "org/texts@v9"}, "org/texts: the data set has no revision 'v9'"),
-        ({"dataset": "org/texts", "config": "raw"}, "the data set has no configuration 'raw'"),
         ({"dataset": "org/texts", "split": "trian"}, "the data set has no split 'trian'. Fix: did you mean 'train'?"),
-        ({"dataset": "org/texts", "template": "{txet}"}, "there is no column 'txet'. Fix: did you mean 'text'?"),
-        ({"dataset": "org/texts", "template": "{txt}"}, "there is no column 'txt'. Fix: did you mean 'text'?"),
     ],
 )
 def test_data_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, data: dict[str, str], told: str) -> None:
-    for name in ("org/shut", "org/own"):
-        access = {"gated": name == "org/shut", "private": name == "org/own", "readers": ("friend",)}
-        place.hub.add("datasets", name, place.models / "texts", **access)
+    place.hub.add("datasets", "org/shut", place.models / "texts", gated=True, readers=("friend",))
     config = written(tmp_path, str(place.models / "model"), data__forget=[data])
-    verb = "run" if {"template", "split"} & set(data) else "fetch"  # fetch reads no row
-    assert told in refuse(place.server, tmp_path, verb, config, "--run-dir", tmp_path / "run")
+    assert told in refuse(place.server, tmp_path, "fetch", config, "--run-dir", tmp_path / "run")
 
 
 def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:
@@ -360,12 +329,6 @@ def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
     found, groups = of_the_hub()
     assert [(check["name"], check["status"]) for check in found] == [(key, "OK") for key in keys]
     assert "run" in groups
-    moved = place.hub.add("models", "org/examined", place.models / "gold")
-    plain = written(tmp_path / "plain", "org/examined", evaluation__tasks=[])
-    came = place.server.run(["fetch", plain, "--run-dir", tmp_path / "other"], tmp_path)
-    assert came.returncode == 0 and moved[:12] in came.stdout
-    looked = place.server.run(["fetch", config, "--run-dir", run, "--dry-run"], tmp_path).stdout
-    assert moved[:12] not in looked and "not here" not in looked, "what was fetched for this run counts"
     record = json.loads((run / "fetched.json").read_text())
     record["models"]["org/examined"]["commit"] = "0" * 40
     (run / "fetched.json").write_text(json.dumps(record))
@@ -376,10 +339,8 @@ def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
     ("text", "name"),
     [
         ("org/name", HubName("org/name")),
-        ("Qwen/Qwen1.5-MoE-A2.7B@main", HubName("Qwen/Qwen1.5-MoE-A2.7B", "main")),
         ("org/name@refs/pr/1", HubName("org/name", "refs/pr/1")),
-        *((text, None) for text in ("/org/name", "./name", "../name", "name", "a/b/c", "org/a b", "org/", "org/name@")),
-        *((text, None) for text in ("org/a..b", "org/a--b", "org/a.git", "org/name@../x", "~/name", "org/name@a@b")),
+        *((text, None) for text in ("/org/name", "../name", "name", "a/b/c", "org/name@", "org/a..b", "org/name@../x")),
     ],
 )
 def test_what_is_a_name_on_the_hub(text: str, name: HubName | None) -> None:
@@ -387,16 +348,7 @@ def test_what_is_a_name_on_the_hub(text: str, name: HubName | None) -> None:
     assert name is None or str(name) == text
 
 
-def test_a_folder_of_the_cache_says_whose_it_is() -> None:
-    commit = "0" * 40
-    folder = Path(f"/home/me/hub/models--org--a-name/snapshots/{commit}")
-    assert str(snapshot_name(folder)) == f"org/a-name@{commit}"
-    assert snapshot_name("/models/mixtral") is None
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"models": {}, "data": {}}', '{"models": {"org/a": {"commit": 3}}, "data": {}, "tasks": {}}']
-)
+@pytest.mark.parametrize("text", ["{", '{"models": {"org/a": {"commit": 3}}, "data": {}, "tasks": {}}'])
 def test_a_damaged_record_of_what_was_fetched_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "fetched.json").write_text(text)
     with pytest.raises(UserError, match=r"fetched.json: the record of what was fetched is damaged"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -14,19 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from rich.console import Console
 from scipy.stats import sem, t
 
 from tests.fake_run import HOSTILE, STEPS, write_run
 from trace_ds.conversion.card import plain
 from trace_ds.errors import UserError
 from trace_ds.reporting import page, scores, tables
-from trace_ds.reporting.compare import repeats
-from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather
+from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather, repeats
 from trace_ds.reporting.verdict import verdict
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.report import model_card_of, report, summary
+from trace_ds.stages.report import model_card_of, report
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +31,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_run(tmp_path_factory.mktemp("report") / "run")
     report(RunDirectory.at(path))
     return path
-
-
-def page_data(text: str) -> dict:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    assert found is not None
-    return json.loads(found[1])
 
 
 def render(path: Path) -> str:
@@ -56,31 +47,23 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
 
 
-def test_all_files_are_written(run: Path) -> None:
-    names = {path.name for path in (run / "report").iterdir()}
-    assert names >= {"index.html", "scores.json", "model_card.md"}
-    assert names >= {
-        f"{name}.csv"
-        for name in ("routing", "selected", "sources", "moved_targets", "documents", "curves", "matched",
-                     "drift", "attacks", "scores", "items")
-    }  # fmt: skip
-
-
-def test_rerun_gives_the_same_bytes(run: Path) -> None:
+def test_what_is_written(run: Path) -> None:
     before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    names = ("routing", "selected", "sources", "moved_targets", "documents", "curves", "matched", "drift", "attacks")
+    tables = {f"{name}.csv" for name in (*names, "scores", "items")}
+    assert before.keys() == {"index.html", "scores.json", "model_card.md", "artefact.json", *tables}
+    linked = set(re.findall(r'href="([^"#:]+)"', before["index.html"].decode()))
+    assert linked == tables
     report(RunDirectory.at(run))
     assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
-
-
-def test_scores_json_is_sorted_and_complete(run: Path) -> None:
-    found = json.loads((run / "report" / "scores.json").read_text())
-    assert all(set(entry) == {"model", "task", "metric", "value", "headline"} for entry in found)
-    keys = [(entry["model"], entry["task"], entry["metric"]) for entry in found]
+    records = json.loads(before["scores.json"])
+    assert all(set(entry) == {"model", "task", "metric", "value", "headline"} for entry in records)
+    keys = [(entry["model"], entry["task"], entry["metric"]) for entry in records]
     assert keys == sorted(set(keys))
     assert {key[0] for key in keys} == {"original", "gold", "unlearned", "uniform", "loss_weighting"}
     source = json.loads((run / "variants" / "uniform" / "evaluation" / "unlearned.json").read_text())
-    wanted = {(s["task"], s["metric"]): s["value"] for s in source["scores"]}
-    assert {(e["task"], e["metric"]): e["value"] for e in found if e["model"] == "uniform"} == wanted
+    expected = {(s["task"], s["metric"]): s["value"] for s in source["scores"]}
+    assert {(e["task"], e["metric"]): e["value"] for e in records if e["model"] == "uniform"} == expected
 
 
 def test_routing_table_equals_the_statistics(run: Path) -> None:
@@ -105,32 +88,12 @@ def test_routing_table_equals_the_statistics(run: Path) -> None:
     assert [int(row["selected"]) for row in rows] == arrays["selected_LE"].ravel().tolist()
 
 
-def test_routing_table_without_a_calibration(tmp_path: Path) -> None:
-    data = gather(write_run(tmp_path / "run", stages=("data", "statistics")))
-    assert data.forget is not None and data.retain is not None
-    table = tables.routing(data)
-    ratio = np.log(data.forget.frequency_LE / data.retain.frequency_LE).ravel()
-    np.testing.assert_allclose(table.columns["log_ratio"], ratio, rtol=1e-5)
-    assert set(table.columns["target"]) == set(table.columns["log_ratio_low"]) == {None}
-
-
-def test_the_numbers_of_the_diagnosis_are_in_tables_and_page(run: Path) -> None:
-    moved = rows_of(run / "report" / "moved_targets.csv")
-    assert [(m["layer"], m["expert"], float(m["offered"]), m["reason"]) for m in moved] == [("0", "1", 0.0417, "rare")]
-    page_text = (run / "report" / "index.html").read_text("utf-8")
-    section = page_text[page_text.index('<section id="weights">') : page_text.index('<section id="drift">')]
-    for shown in ("7.3%", "45.0%", "23"):
-        assert f"<dd>{shown}</dd>" in section, shown
-    assert ">4.2%</td><td>rare</td>" in section
-
-
 def test_curves_and_matched_forgetting(run: Path) -> None:
     curves = rows_of(run / "report" / "curves.csv")
     own = [row for row in curves if row["arm"] == "unlearned"]
     assert [int(row["step"]) for row in own] == [0, *STEPS]
     assert own[0]["model"] == "original" and float(own[0]["forget"]) == 0.97
-    matched = rows_of(run / "report" / "matched.csv")
-    for row in matched:
+    for row in rows_of(run / "report" / "matched.csv"):
         mine = [point for point in curves if point["arm"] == row["arm"]]
         points = [(int(p["step"]), float(p["forget"]), float(p["utility"])) for p in mine]
         first = next(index for index, point in enumerate(points) if point[1] <= 0.34)
@@ -138,6 +101,23 @@ def test_curves_and_matched_forgetting(run: Path) -> None:
         assert float(row["mean_utility_after"]) == pytest.approx(sum(after) / len(after), rel=1e-5)
         assert (float(row["first_step"]), float(row["utility_at_first"])) == (points[first][0], points[first][2])
         assert int(row["steps_between_scores"]) == 20
+
+
+def test_tasks_that_a_job_did_not_score_on_its_way_are_not_compared(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    for place in (path, path / "variants" / "uniform"):
+        curve = json.loads((place / "curve.json").read_text())
+        for point in curve["curve"]:
+            point["scores"] = [s for s in point["scores"] if s["task"] in ("elements", "near facts")]
+        (place / "curve.json").write_text(json.dumps(curve))
+    data = gather(path)
+    part = scores.standing([data], "unlearned", "uniform")
+    assert part is not None and part.tasks == ("near facts",)
+    after = part.against["after"]
+    assert after is not None and after.interval is not None
+    variance = (after.mine * (1 - after.mine) + after.base * (1 - after.base)) / 80  # as of different questions
+    assert after.interval.high - after.value == pytest.approx(1.96 * np.sqrt(variance), rel=1e-3)
+    assert "By the tasks that were scored on the way: near facts." in " ".join(verdict([data]).lines)
 
 
 def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> None:
@@ -153,7 +133,7 @@ def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> N
     assert float(found["gain_low"]) == pytest.approx(differences.mean() - 1.96 * error, abs=1e-4)
     assert float(found["gain_high"]) == pytest.approx(differences.mean() + 1.96 * error, abs=1e-4)
     assert score["uniform", "exact_match"]["gain"] == ""
-    assert float(found["gain_low"]) > 0  # unpaired it would not be: 80 questions, six points
+    assert float(found["gain_low"]) > 0
 
 
 def test_the_verdict_answers_in_words(run: Path) -> None:
@@ -182,12 +162,11 @@ def test_the_verdict_answers_in_words(run: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"gain": -0.05}, ["points fewer on average once it has forgotten ["]),
+        ({"gain": -0.1}, ["points fewer on average once it has forgotten ["]),
         ({"gain": 0.0}, ["it is not clearly different on average", "Not shown. "]),
         ({"forgets": False}, ["TRACE did not forget enough", "unlearned and uniform never met the forgetting target"]),
         ({"checkpoints": False}, ["is open, since nothing was scored on the way"]),
         ({"gold": False}, ["forgotten is at most 27.0, 2 points above guessing."]),
-        ({"stages": ("data", "statistics")}, ["Nothing to conclude yet"]),
         (
             {"without": "variants/uniform"},
             ["points of utility; no uniform run stands beside it."],
@@ -204,32 +183,6 @@ def test_the_verdict_says_what_is_not_so(tmp_path: Path, changes: dict[str, Any]
     assert all(word in text for word in words), text
     assert not ("gain" in changes or "forgets" in changes) or "points more" not in text
     assert "checkpoints" not in changes or "matched" not in tables.all_tables([data])
-
-
-def test_the_curve_that_a_job_scores_of_itself(tmp_path: Path) -> None:
-    """It has fewer tasks and no answers: compared are the tasks that all have, as if the questions were others."""
-    path = write_run(tmp_path / "run")
-    whole = scores.standing([gather(path)], "unlearned", "uniform")
-    for place in (path, path / "variants" / "uniform", path / "variants" / "loss_weighting"):
-        points = []
-        for step in STEPS:
-            file = place / "evaluation" / f"step_{step:06d}.json"
-            found = [s for s in json.loads(file.read_text())["scores"] if s["task"] in ("elements", "near facts")]
-            points.append({"step": step, "scores": found})
-            file.unlink()
-        newest = place / "checkpoints" / "step_000100"
-        newest.mkdir(parents=True)
-        (newest / "manifest.json").write_text(json.dumps({"trainer_state": {"curve": points}}))
-        (newest.parent / "latest").write_text("step_000100")
-    data = gather(path)
-    part = scores.standing([data], "unlearned", "uniform")
-    assert whole is not None and part is not None and part.tasks == ("near facts",) and whole.tasks[1:] == ("capitals",)
-    assert part.step == pytest.approx(whole.step)
-    after = part.against["after"]
-    assert after is not None and after.interval is not None
-    variance = (after.mine * (1 - after.mine) + after.base * (1 - after.base)) / 80
-    assert after.interval.high - after.value == pytest.approx(1.96 * np.sqrt(variance), rel=1e-3)
-    assert "By the tasks that were scored on the way: near facts." in " ".join(verdict([data]).lines)
 
 
 def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
@@ -288,7 +241,6 @@ def test_every_forget_task_must_reach_its_own_target(run: Path) -> None:
     [  # forget scores of original and unlearned model; the retrained one's is .34, of 80 questions
         (0.34, 0.34, "Nothing to forget", "had nothing to forget"),  # it never knew
         (0.37, 0.30, "Nothing to forget", "had nothing to forget"),  # two questions more: not clear
-        (0.3405, 0.3, "Nothing to forget", "had nothing to forget"),
         (0.97, 0.97, "No", "forgot nothing"),
         (0.97, 0.94, "No", "forgot nothing"),  # two questions less: not clear
         (0.97, 0.60, "Not enough", "did not forget enough"),
@@ -303,14 +255,6 @@ def test_forgetting_is_told_by_the_interval_of_the_paired_difference(
     assert told.answers[0].answer == answer and words in told.sentence
     assert ("uniform weights" in told.sentence) == (answer in ("Yes", "Not enough"))
     assert words in card_of(path)
-
-
-def test_what_did_not_change_is_said_to_be_unchanged(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run")
-    shutil.copy(path / "evaluation" / "original.json", path / "evaluation" / "unlearned.json")
-    told = verdict([gather(path)])
-    assert told.sentence.startswith("TRACE forgot nothing, and its utility did not change (97.0 points)")
-    assert told.answers[1].answer == "Nothing" and "kept" not in told.sentence
 
 
 def test_the_headline_of_the_configuration_is_everywhere(tmp_path: Path) -> None:
@@ -349,17 +293,7 @@ def test_forget_quality_is_compared_with_its_own_level() -> None:
     assert {case: told(*case) for case in cases} == cases
 
 
-def test_summary_table(run: Path) -> None:
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(*summary(RunDirectory.at(run)))
-    text = console.export_text()
-    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
-    assert "0.340" in lines["gold"] and "0.250" in lines["chance"]
-    assert "accuracy ↓" in text and "accuracy ↑" in text and "novels" not in text.partition("TRACE forgot")[0]
-    assert "One seed is no proof" in " ".join(text.split())
-
-
-@pytest.mark.parametrize("stages", [("data",), ("data", "statistics"), ("calibration",), ("evaluation",)])
+@pytest.mark.parametrize("stages", [("data", "statistics"), ("calibration",)])
 def test_missing_stages_are_shown_as_not_run_yet(tmp_path: Path, stages: tuple[str, ...]) -> None:
     path = write_run(tmp_path / "run", stages=stages)
     text = render(path)
@@ -391,10 +325,8 @@ def damage(path: Path, kind: str) -> None:
     ("name", "kind"),
     [
         ("calibration/calibration.safetensors", "truncated"),
-        ("calibration/artefact.json", "not json"),
         ("variants/uniform/calibration/diagnosis.json", "missing"),
         ("statistics/forget/statistics.safetensors", "truncated"),
-        ("evaluation/original.json", "not json"),
         ("config.yaml", "not json"),
     ],
 )
@@ -415,12 +347,13 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     config = yaml.safe_load((path / "config.yaml").read_text())
     (path / "config.yaml").write_text(yaml.safe_dump(config | {"name": HOSTILE}))
     text = render(path)
+    outside = r"""(?:src|href)=["']?(?:https?:)?//|@import|url\((?!#)|https?://(?!www.w3.org/2000/svg)"""
+    assert not re.search(outside, text)
     assert text.count("<script") == 2 and text.count("</script>") == 2  # the data and ours
     assert "<img" not in text
     data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]  # type: ignore[index]
     assert not set(data) & set("<>&\u2028\u2029")
-    table = page_data(text)["tables"]["items"]
-    assert HOSTILE in table["text"][0]  # escaped, not changed
+    assert json.dumps(HOSTILE)[1:-1].replace("<", "\\u003c")[:20] in data  # escaped, not changed
     assert "<script>" not in card_of(path)
 
 
@@ -429,98 +362,9 @@ def test_spreadsheet_formulas_are_defused() -> None:
     assert table.to_csv() == "text,value\n'=HYPERLINK(1),-1.5\n'@x,2\n\"plain, text\",\n"
 
 
-def test_page_is_self_contained_and_small(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run", layers=48, experts=128, top_k=8)
-    text = render(path)
-    assert len(text.encode()) < 1_000_000
-    outside = r"""(?:src|href)=["']?(?:https?:)?//|@import|url\((?!#)|https?://(?!www.w3.org/2000/svg)"""
-    assert not re.search(outside, text)
-
-
-def test_only_files_that_exist_are_linked(run: Path) -> None:
-    text = (run / "report" / "index.html").read_text("utf-8")
-    linked = set(re.findall(r'href="([^"#:]+)"', text))
-    assert linked and all((run / "report" / name).is_file() for name in linked)
-    assert linked >= {path.name for path in (run / "report").iterdir() if path.suffix == ".csv"}
-
-
-def test_a_long_list_of_questions_is_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "MAX_QUESTIONS", 100)
-    data = page_data(render(run))
-    items = data["tables"]["items"]
-    assert data["thinned"] == "1 in 3 questions; all are in the CSV file"
-    assert len(items["id"]) == 81 and set(items["role"]) == {"forget", "utility"}  # of 3 x 80 and two passages
-    whole = {(row["task"], row["id"]): row for row in rows_of(run / "report" / "items.csv")}
-    for task, name, said in zip(*(items[key] for key in ("task", "id", "unlearned")), strict=True):
-        assert whole[task, name]["unlearned"] == said
-
-
-def test_examples_are_even(run: Path) -> None:
-    data = gather(run)
-    right = math.ceil(80 * (data.evaluations()["unlearned"].value("near facts", "accuracy") or 0))
-    order = [*range(right, 80), *range(right)]  # the wrong ones first
-    found = page.examples(data, "utility", "unlearned")
-    assert [question for question, _ in found] == [
-        f"The symbol of fact number {order[n] + 1} is → Au" for n in (13, 40, 66)
-    ]
-    forgotten = page.examples(data, "forget", "unlearned")
-    assert [text for _, text, _, _ in forgotten[0][1]] == ["beginning was the word"] * 2 + ["beginning wxyz word"] * 3
-
-
-def test_what_was_run(run: Path) -> None:
-    found = dict(page.facts([gather(run)]))
-    assert found["Unlearning"] == "rmu, 100 steps" and found["Seed"] == "0"
-    assert found["Model"] == "base, 3 layers of 8 experts, 2 a token"
-    assert found["Retain weights"].endswith("uniform: uniform")
-
-
-def test_sources_come_by_gain_and_warnings_once(run: Path, tmp_path: Path) -> None:
-    rows = rows_of(run / "report" / "sources.csv")
-    assert [row["source"] for row in rows] == ["code tables", "capitals", "plays", "novels"]
-    assert float(rows[0]["gain"]) == pytest.approx(0.19) and float(rows[0]["times"]) == pytest.approx(4.8)
-    path = write_run(tmp_path / "run")
-    for where in (".", "variants/loss_weighting"):
-        diagnosis = path / where / "calibration" / "diagnosis.json"
-        diagnosis.write_text(json.dumps({**json.loads(diagnosis.read_text()), "warnings": ["a rare expert"]}))
-        (diagnosis.parent / "artefact.json").unlink()
-        artefact.describe(diagnosis.parent, "calibration", {}, {}, {})
-    text = render(path)
-    assert text.count("a rare expert") == 1
-    assert "a rare expert <small>(unlearned (TRACE), loss_weighting (TRACE))" in text
-
-
-def test_a_variant_can_be_reported_alone(run: Path) -> None:
-    data = gather(run / "variants" / "uniform")
-    assert data.retain is not None and data.arms[0].rule == "uniform"
-
-
 def test_model_card(run: Path) -> None:
     text = (run / "report" / "model_card.md").read_text("utf-8")
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "base"  # the name, not a path of this machine
     assert "| unlearned | elements | accuracy ↓ | 0.3 | 80 | 0.25 |" in text
     assert plain("a|b *c* <i>\n# d") == r"a\|b \*c\* &lt;i&gt; \# d"
-
-
-def test_a_base_model_from_a_hub_cache_is_called_by_its_name(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run")
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    model = {"path": "/cache/models--mistralai--Mixtral-8x7B-v0.1/snapshots/985aa055896a8f943d4a9f2572e6ea1341823841"}
-    (path / "config.yaml").write_text(yaml.safe_dump(config | {"model": model}))
-    front = yaml.safe_load(card_of(path).split("---")[1])
-    assert front["base_model"] == "mistralai/Mixtral-8x7B-v0.1"
-
-
-def test_attacks_and_meanings_are_shown(run: Path) -> None:
-    text = (run / "report" / "index.html").read_text(encoding="utf-8")
-    assert "expert forcing" in text and "original routing" in text and "PrivLeak" in text
-    rows = rows_of(run / "report" / "attacks.csv")
-    assert {row["attack"] for row in rows} == {"expert forcing", "relearning"}
-    assert {row["stage"] for row in rows if row["attack"] == "relearning"} == {"step 0", "step 5", "step 10"}
-    assert {"gold", "unlearned"} <= {row["model"] for row in rows}
-
-
-def test_scores_that_are_best_at_a_reference_are_no_headline(run: Path) -> None:
-    evaluation = gather(run).evaluations()["unlearned"]
-    assert "membership" not in {score.task for score in evaluation.headline("forget")}
-    assert evaluation.value("membership", "priv_leak") is not None

@@ -68,8 +68,8 @@ class FlatArray:
         first = min(int(np.searchsorted(self._ends, begin, side="right")), len(self.parts) - 1)
         last = max(int(np.searchsorted(self._ends, end, side="left")), first)
         cuts = ((max(begin - self._starts[n], 0), end - self._starts[n], n) for n in range(first, last + 1))
-        found = [self.parts[n][low:high] for low, high, n in cuts]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        pieces = [self.parts[n][low:high] for low, high, n in cuts]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 @dataclass

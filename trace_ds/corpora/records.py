@@ -84,7 +84,7 @@ def columns_to_read(schema: Any, columns: list[str], where: str) -> list[str]:
     import pyarrow as pa
 
     for column in columns:
-        fix = f"set the corpus' field to one of {schema.names}"
+        fix = f"set the corpus' template to one of {schema.names} in braces"
         if column not in schema.names:
             close = difflib.get_close_matches(column, schema.names, 1)
             fix = f"did you mean {close[0]!r}? {fix}" if close else fix
@@ -115,15 +115,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    what, fix = "the line is not a JSON object", "one JSON object per line"
+    problem, fix = "the line is not a JSON object", "one JSON object per line"
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}:{number}"
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                raise UserError(what, where, fix) from None
-            yield number, _checked(record, line, what, where, fix)
+                raise UserError(problem, where, fix) from None
+            yield number, _checked(record, line, problem, where, fix)
 
 
 def _is_array(path: Path) -> bool:
@@ -135,8 +135,8 @@ def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of an array, which is read whole."""
     text, fix = "".join(itertools.islice(text_blocks(path, MAX_ARRAY_CHARACTERS), 2)), "an array of objects"
     if len(text) > MAX_ARRAY_CHARACTERS:
-        what = f"the array has over {MAX_ARRAY_CHARACTERS:,} characters"
-        raise UserError(what, str(path), "write JSON Lines (one object a line), which is read as a stream")
+        problem = f"the array has over {MAX_ARRAY_CHARACTERS:,} characters"
+        raise UserError(problem, str(path), "write JSON Lines (one object a line), which is read as a stream")
     try:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -145,10 +145,10 @@ def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, _checked(record, text, "the item is not a JSON object", f"{path}:{number}", fix)
 
 
-def _checked(record: Any, text: str, what: str, where: str, fix: str) -> dict[str, Any]:
+def _checked(record: Any, text: str, problem: str, where: str, fix: str) -> dict[str, Any]:
     """``record``, parsed from ``text``; refused with ``what`` when it is no object, or holds half a surrogate pair."""
     if not isinstance(record, dict):
-        raise UserError(what, where, fix)
+        raise UserError(problem, where, fix)
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(record, ensure_ascii=False).encode()

@@ -161,8 +161,8 @@ def _open_hub(named: Named, key: str, offline: bool) -> Table:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        what = "there is no such directory, and it is no id of the hub"
-        raise UserError(what, name, f"correct dataset in {key}") from None
+        problem = "there is no such directory, and it is no id of the hub"
+        raise UserError(problem, name, f"correct dataset in {key}") from None
     pinned = named.revision if named.revision and COMMIT.fullmatch(named.revision) else None
     cached = _cached(named, pinned) if pinned else None
     if cached is None:
@@ -225,8 +225,8 @@ def _absent(named: Named, trouble: str) -> UserError:
     parts = {"configuration": named.config, "revision": named.revision}
     choice = "".join(f" ({key} {value})" for key, value in parts.items() if value)
     trouble = trouble or ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub was not asked")
-    what = f"the data set{choice} is not in the cache, and {trouble}"
-    return UserError(what, named.dataset_id, "run `trace-ds fetch CONFIG` where there is a network")
+    problem = f"the data set{choice} is not in the cache, and {trouble}"
+    return UserError(problem, named.dataset_id, "run `trace-ds fetch CONFIG` where there is a network")
 
 
 def _is_offline() -> bool:
@@ -312,8 +312,10 @@ def _builder(named: Named, place: str, commit: str | None, key: str) -> Any:
         names = get_dataset_config_names(place, revision=commit)
         if named.config in names or (named.config is None and len(names) < 2):
             raise
-        what = f"the data set has no configuration {named.config!r}" if named.config else "the configuration is missing"
-        raise UserError(what, named.dataset_id, f"{_nearest(named.config, names)}set config in {key}") from None
+        problem = (
+            f"the data set has no configuration {named.config!r}" if named.config else "the configuration is missing"
+        )
+        raise UserError(problem, named.dataset_id, f"{_nearest(named.config, names)}set config in {key}") from None
     packaged = "datasets.packaged_modules."
     kinds = [kind.__name__ for kind in type(builder).__mro__ if kind.__module__.startswith(packaged)]
     if not set(kinds) & set(BUILDERS):

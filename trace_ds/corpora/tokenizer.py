@@ -83,8 +83,8 @@ def tokenizer_fingerprint(path: str | Path) -> str:
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"more than {MAX_BYTES:,} bytes: no file of a tokenizer", str(file), "copy it again")
     if not any(name in VOCABULARY_FILES or name.endswith(".tiktoken") for name in files):
-        what = "there is no tokenizer here (tokenizer.json or tokenizer.model)"
-        raise UserError(what, str(path), "set model.tokenizer")
+        problem = "there is no tokenizer here (tokenizer.json or tokenizer.model)"
+        raise UserError(problem, str(path), "set model.tokenizer")
     return sha256_text(canonical_json({name: sha256_file(file) for name, file in files.items()}))
 
 
@@ -94,8 +94,8 @@ def check_tokenizer(path: str | Path, vocabulary: int | None) -> None:
     file = Path(path) / "tokenizer.json"
     largest = _largest_id(file) if file.is_file() else len(load_tokenizer(path)) - 1
     if vocabulary is not None and largest >= vocabulary:
-        what = f"the tokenizer has ids up to {largest}, the model embeddings for {vocabulary} only"
-        raise UserError(what, str(path), "set model.tokenizer to the model's own")
+        problem = f"the tokenizer has ids up to {largest}, the model embeddings for {vocabulary} only"
+        raise UserError(problem, str(path), "set model.tokenizer to the model's own")
 
 
 @once_a_process
@@ -116,8 +116,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones
-        what = f"the tokenizer cannot be loaded ({first_line(error)})"
-        raise UserError(what, str(path), "set model.tokenizer") from None
+        problem = f"the tokenizer cannot be loaded ({first_line(error)})"
+        raise UserError(problem, str(path), "set model.tokenizer") from None
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

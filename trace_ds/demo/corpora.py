@@ -209,9 +209,9 @@ def _split_passages(
     verses: dict[str, list[str]], tokenizer: Tokenizer, rng: random.Random
 ) -> dict[str, list[Document]]:
     def candidates(books: Iterable[str]) -> list[Document]:
-        found = {text: Document(text, f"passages/{book.lower()}") for book in books for text in verses[book]}
-        lengths = _tokens(tokenizer, found)
-        return [d for d, length in zip(found.values(), lengths, strict=True) if 18 <= length <= CONTEXT_TOKENS]
+        documents = {text: Document(text, f"passages/{book.lower()}") for book in books for text in verses[book]}
+        lengths = _tokens(tokenizer, documents)
+        return [d for d, length in zip(documents.values(), lengths, strict=True) if 18 <= length <= CONTEXT_TOKENS]
 
     forget = rng.sample(candidates([FORGET_BOOK]), PASSAGES)
     others = rng.sample(candidates(PASSAGE_BOOKS), 2 * PASSAGES)
@@ -219,13 +219,13 @@ def _split_passages(
 
 
 def _continuations(passages: Sequence[Document]) -> list[dict[str, Any]]:
-    found = []
+    questions = []
     for index, passage in enumerate(passages):
         words = passage.text.split(" ")
         cut = max(1, round(PROMPT_SHARE * len(words)))
         pair = {"prompt": " ".join(words[:cut]), "continuation": " ".join(words[cut:])}
-        found.append({"id": f"{passage.source}/{index}", **pair, "source": passage.source})
-    return found
+        questions.append({"id": f"{passage.source}/{index}", **pair, "source": passage.source})
+    return questions
 
 
 # ------------------------------------------------------------------------------------------------------ retain pool

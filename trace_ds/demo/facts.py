@@ -17,6 +17,7 @@ the same way everywhere). Nothing of the packages' text is kept in this project.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sqlite3
@@ -122,10 +123,7 @@ def require(package: str, module: str) -> ModuleType:
 
 
 def _missing(package: str) -> UserError:
-    return UserError(
-        f"the demo's data come from the package {package}, which is not installed",
-        fix=INSTALL,
-    )
+    return UserError(f"the demo's data come from the package {package}, which is not installed", fix=INSTALL)
 
 
 def _prompts(templates: Sequence[str], **values: str) -> tuple[str, ...]:
@@ -158,14 +156,9 @@ def _elements() -> list[tuple[int, str, str]]:
     if spec is None or spec.origin is None:
         raise _missing("mendeleev")
     path = Path(spec.origin).parent / "elements.db"
-    if not path.is_file():
-        raise UserError("the package mendeleev has no elements.db", str(path), "pip install 'mendeleev>=1.0'")
-    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-    try:
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
         rows = connection.execute("SELECT atomic_number, symbol, name FROM elements ORDER BY atomic_number")
         return [(int(number), str(symbol), str(name)) for number, symbol, name in rows]
-    finally:
-        connection.close()
 
 
 def _code_tables() -> dict[str, list[tuple[str, str]]]:

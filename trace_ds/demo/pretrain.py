@@ -37,19 +37,10 @@ BALANCE_LOSS = 0.01  # weight of the load-balancing loss (Switch Transformer, Fe
 # known by heart; running text is seen about once.
 ROWS = {"facts": 20, "passages": 4, "general": 3}
 KIND = {"forget": "facts", "near": "facts", "mid": "facts", "passages": "passages", "general": "general"}
-MODEL: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "router_jitter_noise": 0.0,
-    "attention_dropout": 0.0,
-}
+MODEL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}
+MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
+MODEL |= {"num_local_experts": 8, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
+MODEL |= {"tie_word_embeddings": False, "attention_dropout": 0.0}
 
 
 def pretrain(
@@ -59,7 +50,7 @@ def pretrain(
     gold: bool,
     seed: int,
     steps: int = STEPS,
-    tell: Callable[[float], object] = lambda loss: None,
+    on_step: Callable[[float], object] = lambda loss: None,
 ) -> dict[str, Any]:
     """Train from scratch and save a Hugging Face model directory (hub layout, safetensors, fp32).
 
@@ -69,7 +60,7 @@ def pretrain(
         gold: train on pretrain_gold.jsonl, which lacks the forget facts and verses.
         seed: of the initial weights and of the order of the rows.
         steps: optimizer steps.
-        tell: called with the loss (nats per token) of every step.
+        on_step: called with the loss (nats per token) of every step.
 
     Returns:
         What training.json in ``destination`` holds: settings, parameters, tokens seen, and the loss of every step.
@@ -90,7 +81,7 @@ def pretrain(
     tokenizer = Tokenizer.from_file(str(corpora / "tokenizer" / "tokenizer.json"))
     batches = _batches(_read(corpora / name), tokenizer, random.Random(f"pretrain {seed}"))
     model = _new_model(tokenizer, seed)
-    losses = _train(model, batches, steps, tell)
+    losses = _train(model, batches, steps, on_step)
     training = {
         "corpus": name,
         "seed": seed,
@@ -157,7 +148,7 @@ def _new_model(tokenizer: Any, seed: int) -> MixtralForCausalLM:
 
 
 def _train(
-    model: MixtralForCausalLM, batches: Iterator[Batch], steps: int, tell: Callable[[float], object]
+    model: MixtralForCausalLM, batches: Iterator[Batch], steps: int, on_step: Callable[[float], object]
 ) -> list[float]:
     """Adam with a linear warm-up and a cosine decay to a tenth; the loss (nats per token) of every step."""
     import torch
@@ -173,7 +164,7 @@ def _train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-        tell(losses[-1])
+        on_step(losses[-1])
     return losses
 
 

@@ -60,11 +60,11 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
         status = run_verb("run", request)
         if status:
             return status
-    tell([request.run for request in requests], time.monotonic() - began_s)
+    print_summary([request.run for request in requests], time.monotonic() - began_s)
     return 0
 
 
-def tell(runs: Sequence[RunDirectory], took_s: float) -> None:
+def print_summary(runs: Sequence[RunDirectory], took_s: float) -> None:
     """The end of the demo on the terminal: scores side by side, then what they show, and where there is more."""
     from rich import box
     from rich.columns import Columns
@@ -88,19 +88,18 @@ def tell(runs: Sequence[RunDirectory], took_s: float) -> None:
 
 
 def preflight(run_dir: Path) -> None:
-    """Say what is missing before any work is done."""
-    found = input_versions()
-    missing = [name for name in PACKAGES if name not in found]
+    """Refuse missing packages, and a place without room, before any work is done."""
+    versions = input_versions()
+    missing = [name for name in PACKAGES if name not in versions]
     if missing:
-        what = f"the demo's data packages are missing: {', '.join(missing)}"
-        raise UserError(what, "", INSTALL)
+        raise UserError(f"the demo's data packages are missing: {', '.join(missing)}", "", INSTALL)
     existing = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if place.exists())
     if not os.access(existing, os.W_OK):
         raise UserError("cannot write here", str(existing), "choose another --run-dir")
     free = shutil.disk_usage(existing).free
     if free < FREE_BYTES_NEEDED:
-        what = f"{free / 1e9:.1f} GB free, the demo needs {FREE_BYTES_NEEDED / 1e9:.1f} GB"
-        raise UserError(what, str(existing), "free space, or choose another --run-dir")
+        problem = f"{free / 1e9:.1f} GB free, the demo needs {FREE_BYTES_NEEDED / 1e9:.1f} GB"
+        raise UserError(problem, str(existing), "free space, or choose another --run-dir")
 
 
 def machine_overrides() -> list[str]:
@@ -112,41 +111,34 @@ def machine_overrides() -> list[str]:
 
 def input_versions() -> dict[str, str]:
     """The versions of the packages that the corpora are made of, as far as they are installed."""
-    found = {}
+    versions = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def has_corpora(run_dir: Path, seed: int, regime: Regime) -> bool:
-    """Whether the corpora under ``run_dir`` are those of this seed, of the packages that are installed."""
-    identity = artefact.identity_of("demo_corpora", input_versions(), {"seed": seed, "regime": regime})
-    return artefact.is_done(run_dir / "corpora", "demo_corpora", identity)
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names: Sequence[str] = MODELS) -> None:
     """The corpora, and the models of these names, under ``run_dir`` (each skipped when it is there)."""
     from trace_ds.demo.corpora import build_corpora
 
-    directory, inputs, settings = run_dir / "corpora", input_versions(), {"seed": seed, "regime": regime}
-    if not has_corpora(run_dir, seed, regime):
+    kind, directory, folder = "demo_corpora", run_dir / "corpora", run_dir / "models"
+    inputs, settings = input_versions(), {"seed": seed, "regime": regime}
+    if not artefact.is_done(directory, kind, artefact.identity_of(kind, inputs, settings)):
         log = StageLog("demo", run_dir / "logs" / "demo.jsonl", None)
         with contextlib.closing(log), replacing_directory(directory) as temporary:
             summary = {"documents": build_corpora(temporary, seed, regime)}
-            artefact.describe(temporary, "demo_corpora", inputs, settings, summary)
+            artefact.describe(temporary, kind, inputs, settings, summary)
             log.done(f"corpora made of pip packages: {sum(summary['documents'].values()):,} documents and questions")
-    made_of = {"corpora": artefact.load(directory, "demo_corpora").content, "seed": seed}
-    folder = run_dir / "models"
+    made_of = {"corpora": artefact.load(directory, kind).content, "seed": seed}
     todo = [name for name in names if not _model_is_done(folder, name, made_of)]
-    if not todo:
-        return
-    folder.mkdir(exist_ok=True)
-    for name in todo:
-        remove_directory(folder / name, ours.DEMO_MODEL)
-    _train(directory, folder, todo, seed)
-    for name in todo:
-        write_json(folder / f"{name}.json", made_of | {"fingerprint": model_fingerprint(folder / name)})
+    if todo:
+        folder.mkdir(exist_ok=True)
+        for name in todo:
+            remove_directory(folder / name, ours.DEMO_MODEL)
+        _train(directory, folder, todo, seed)
+        for name in todo:
+            write_json(folder / f"{name}.json", made_of | {"fingerprint": model_fingerprint(folder / name)})
 
 
 def require_inputs_ours(run_dir: Path) -> None:
@@ -167,8 +159,8 @@ def remove_input_leftovers(run_dir: Path) -> None:
 
 def _model_is_done(folder: Path, name: str, made_of: dict[str, object]) -> bool:
     try:
-        found = read_object(folder / f"{name}.json", "the note beside the model", "")
-        return found == made_of | {"fingerprint": model_fingerprint(folder / name)}
+        note = read_object(folder / f"{name}.json", "the note beside the model", "")
+        return note == made_of | {"fingerprint": model_fingerprint(folder / name)}
     except (OSError, UserError):
         return False
 
@@ -180,6 +172,7 @@ def _train(corpora: Path, folder: Path, names: Sequence[str], seed: int) -> None
     progress = Progress(log, f"training {' and '.join(names)}", STEPS * len(names))
     children: list[multiprocessing.process.BaseProcess] = []
     readers: dict[Connection, str] = {}
+    losses: dict[str, float] = {}
     try:
         for name in names:
             reader, writer = context.Pipe(duplex=False)
@@ -188,7 +181,17 @@ def _train(corpora: Path, folder: Path, names: Sequence[str], seed: int) -> None
             writer.close()
             readers[reader] = name
         log.detail(f"training {' and '.join(names)}, {STEPS} steps each")
-        losses = show_training(readers, progress)
+        while readers:
+            for reader in cast("list[Connection]", wait(list(readers))):
+                try:
+                    message = reader.recv()
+                except EOFError:
+                    del readers[reader]
+                    continue
+                if isinstance(message, UserError):
+                    raise message
+                losses[readers[reader]] = message
+                progress.advance(1, **losses)
         for child in children:
             child.join()
             if child.exitcode:  # it has shown a traceback, or was killed
@@ -203,34 +206,16 @@ def _train(corpora: Path, folder: Path, names: Sequence[str], seed: int) -> None
             child.join()
 
 
-def _pretrain(tell: Connection, corpora: Path, destination: Path, seed: int) -> None:
-    """In a process of its own: tell the loss of every step, or the error that ends the training."""
+def _pretrain(sender: Connection, corpora: Path, destination: Path, seed: int) -> None:
+    """In a process of its own: send the loss of every step, or the error that ends the training."""
     die_with_parent(parent_of_this())
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     quiet_libraries()
     from trace_ds.demo.pretrain import pretrain
 
     try:
-        pretrain(corpora, destination, gold=destination.name == "gold", seed=seed, tell=tell.send)
+        pretrain(corpora, destination, gold=destination.name == "gold", seed=seed, on_step=sender.send)
     except UserError as error:
-        tell.send(error)
+        sender.send(error)
     except OSError as error:
-        tell.send(unwritable(destination, error))
-
-
-def show_training(readers: dict[Connection, str], progress: Progress) -> dict[str, float]:
-    """Show the losses that come in, by their readers' names, until all senders have ended; the last ones are returned.
-    An error among them is raised."""
-    losses: dict[str, float] = {}
-    while readers:
-        for reader in cast("list[Connection]", wait(list(readers))):
-            try:
-                told = reader.recv()
-            except EOFError:
-                del readers[reader]
-                continue
-            if isinstance(told, UserError):
-                raise told
-            losses[readers[reader]] = told
-            progress.advance(1, **losses)
-    return losses
+        sender.send(unwritable(destination, error))

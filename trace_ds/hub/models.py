@@ -3,19 +3,16 @@
     bring(HubName("allenai/OLMoE-1B-7B-0924"), "model.path")    # the folder, after downloading what it lacks
     cached(HubName("allenai/OLMoE-1B-7B-0924"))                 # the folder, or None; no network
 
-Configuration, tokenizer and the safetensors files of the index are all that is ever asked for: no pickle, no code. A
+Configuration, tokenizer and the safetensors files of the index are all that is ever downloaded: no pickle, no code. A
 name without a revision is what ``main`` is when the hub can be reached, else what it was when the cache last asked, or
 the commit that was fetched for a run. A model that has moved since is refused before anything of it comes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from trace_ds.errors import UserError
 from trace_ds.run.foreign import read_object
@@ -24,9 +21,7 @@ from trace_ds.run.hub_names import HubName
 CONFIG = "config.json"
 SMALL = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]  # configuration, index, tokenizer
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TELL_EVERY_S = 20.0
 ASK_TIMEOUT_S = 20
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def cached(name: HubName, expected: str | None = None) -> Path | None:
@@ -46,8 +41,7 @@ def cached(name: HubName, expected: str | None = None) -> Path | None:
 
 
 def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None = None) -> Path:
-    """The folder of ``name`` in the cache, whole: what is missing is downloaded, with the client's progress bars, or in
-    a log a line every :data:`TELL_EVERY_S`.
+    """The folder of ``name`` in the cache, whole: what is missing is downloaded.
 
     Args:
         key: where the configuration names it.
@@ -72,18 +66,17 @@ def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None
         folder = _snapshot(name.id, expected or name.revision, SMALL, local_files_only=local)
         if not weights:
             return folder
-        shards = _weight_files(folder)
-        with _telling(name, folder):
-            folder = _snapshot(name.id, folder.name, [*SMALL, *shards], local_files_only=local)
+        patterns = [*SMALL, *_weight_files(folder)]
+        folder = _snapshot(name.id, folder.name, patterns, local_files_only=local)
     except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        _refuse(error, name, key, trouble)
+        raise _refusal(error, name, key, trouble) from None
     except (ValueError, TypeError, AttributeError, LookupError) as error:  # an answer that is none
-        _refuse(error, name, key, f"the answer is none ({type(error).__name__})")
-    if not is_whole(folder):
-        if (folder / INDEX).is_file() or commit is None:
-            _refuse(LocalEntryNotFoundError("files are missing"), name, key, trouble)
-        raise UserError(f"{name} has no safetensors weights{_only_pickles(name, folder)}", key, "choose another")
-    return folder
+        raise _refusal(error, name, key, f"the answer is none ({type(error).__name__})") from None
+    if is_whole(folder):
+        return folder
+    if (folder / INDEX).is_file() or commit is None:
+        raise _refusal(LocalEntryNotFoundError("files are missing"), name, key, trouble)
+    raise UserError(f"{name} has no safetensors weights (pickles are never read)", key, "choose another")
 
 
 def is_whole(folder: Path) -> bool:
@@ -93,13 +86,14 @@ def is_whole(folder: Path) -> bool:
 
 def require_same_commit(name: HubName | str, key: str, commit: str, expected: str | None) -> None:
     """Refuse another commit than the one that was fetched; None: nothing was."""
-    if expected is None or commit == expected:
-        return
-    raise UserError(
-        f"{name} has moved since it was fetched, from {expected} to {commit}",
-        key,
-        f"stay with {str(name).partition('@')[0]}@{expected}, or take the new one with `trace-ds fetch CONFIG`",
-    )
+    if expected not in (None, commit):
+        fix = f"stay with {str(name).partition('@')[0]}@{expected}, or take the new one with `trace-ds fetch CONFIG`"
+        raise UserError(f"{name} has moved since it was fetched, from {expected} to {commit}", key, fix)
+
+
+def downloaded_bytes(folder: Path) -> int:
+    """Bytes of the files of a folder in the cache."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _commit_on_hub(name: HubName) -> tuple[str | None, str]:
@@ -116,15 +110,6 @@ def _commit_on_hub(name: HubName) -> tuple[str | None, str]:
     return (commit, "") if isinstance(commit, str) and commit else (None, "its answer names no commit")
 
 
-def downloaded_bytes(folder: Path) -> int:
-    """Bytes of the files of a folder in the cache."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # renamed meanwhile: it has come
-            total += path.stat().st_size if path.is_file() else 0
-    return total
-
-
 def _snapshot(repository: str, revision: str | None, patterns: list[str], *, local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -135,26 +120,6 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str], *, loc
     return Path(snapshot_download(repository, revision=revision, local_files_only=local_files_only, **options))
 
 
-@contextlib.contextmanager
-def _telling(name: HubName, folder: Path) -> Iterator[None]:
-    """Where there is no terminal for a progress bar: now and then a line with what has come so far."""
-    ended = threading.Event()
-
-    def tell() -> None:
-        while not ended.wait(TELL_EVERY_S):
-            print(f"[hub] {name}: {downloaded_bytes(folder.parent.parent / 'blobs') / 1e9:.2f} GB are here", flush=True)
-
-    teller = threading.Thread(target=tell, daemon=True)
-    if not sys.stderr.isatty():
-        teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if teller.ident is not None:
-            teller.join()
-
-
 def _weight_files(folder: Path) -> list[str]:
     """The safetensors files that the index names, or the single one."""
     if not (folder / INDEX).is_file():
@@ -162,25 +127,12 @@ def _weight_files(folder: Path) -> list[str]:
     placed = read_object(folder / INDEX, "the index of the weight shards", "choose another model").get("weight_map")
     names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
     if not names or not all(name.endswith(".safetensors") and "/" not in name for name in names):
-        raise UserError(
-            "the index names no safetensors files of this folder", str(folder / INDEX), "choose another model"
-        )
+        problem = "the index names no safetensors files of this folder"
+        raise UserError(problem, str(folder / INDEX), "choose another model")
     return names
 
 
-def _only_pickles(name: HubName, folder: Path) -> str:
-    """What a model without safetensors has instead, as far as the hub says."""
-    from huggingface_hub import HfApi
-
-    try:
-        files = HfApi().list_repo_files(name.id, revision=folder.name)
-    except Exception:  # no network: only what to say is at stake
-        return ""
-    pickles = [file for file in files if file.endswith(PICKLES)]
-    return f", only pickles ({pickles[0]}), which are never read" if pickles else ""
-
-
-def _refuse(error: Exception, name: HubName, key: str, trouble: str) -> NoReturn:
+def _refusal(error: Exception, name: HubName, key: str, trouble: str) -> UserError:
     """What went wrong between the hub and us, as an error of the user's.
 
     Args:
@@ -193,17 +145,16 @@ def _refuse(error: Exception, name: HubName, key: str, trouble: str) -> NoReturn
     log_in = "log in (`hf auth login`, or set HF_TOKEN)"
     if isinstance(error, GatedRepoError):
         fix = f"ask for access at {page}, {log_in}, and run this again"
-        raise UserError(f"{name.id} is gated: its owners decide who may download it", key, fix) from None
+        return UserError(f"{name.id} is gated: its owners decide who may download it", key, fix)
     if isinstance(error, RepositoryNotFoundError):
-        what = f"there is no directory {name}, and the hub has no model {name.id} (or it is private)"
-        raise UserError(what, key, f"correct the name; for a private model {log_in}") from None
+        problem = f"there is no directory {name}, and the hub has no model {name.id} (or it is private)"
+        return UserError(problem, key, f"correct the name; for a private model {log_in}")
     if isinstance(error, RevisionNotFoundError):
         fix = f"name a branch, a tag or a commit of {page}/tree/main"
-        raise UserError(f"{name.id} has no revision {name.revision or 'main'}", key, fix) from None
+        return UserError(f"{name.id} has no revision {name.revision or 'main'}", key, fix)
     cause = error.__cause__ or error
     status = getattr(getattr(cause, "response", None), "status_code", "")
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not give it"
-    if not constants.HF_HUB_OFFLINE:
-        why += f" ({trouble or f'{type(cause).__name__} {status}'.strip()})"
+    why = f"{constants.ENDPOINT} does not give it ({trouble or f'{type(cause).__name__} {status}'.strip()})"
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why
     fix = "where there is a network, `trace-ds fetch CONFIG` brings it into HF_HOME; or name a directory"
-    raise UserError(f"{name} is not whole in the hub's cache, and {why}", key, fix) from None
+    return UserError(f"{name} is not whole in the hub's cache, and {why}", key, fix)

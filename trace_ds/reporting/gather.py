@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,7 @@ from safetensors.numpy import load_file
 from trace_ds.config.sections.calibration import CONTROL_RULES
 from trace_ds.config.sections.finetune import RETRAINED
 from trace_ds.errors import UserError
-from trace_ds.reporting.shapes import (
-    read_config,
-    read_diagnosis,
-    read_layers,
-    read_manifest,
-    read_points,
-    read_result,
-)
+from trace_ds.reporting.shapes import read_config, read_diagnosis, read_layers, read_manifest, read_points, read_result
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import FILE_NAME, Artefact, load
 from trace_ds.run.directory import RunDirectory
@@ -116,9 +110,9 @@ class RunData:
     @property
     def calibrations(self) -> dict[str, Calibration]:
         """The different calibrations by the labels of the arms that use them (``unlearned, other``)."""
-        made = [(arm.label, arm.calibration) for arm in self.arms if arm.calibration is not None]
-        kinds = {calibration.content: calibration for _, calibration in made}
-        return {", ".join(name for name, c in made if c.content == key): kinds[key] for key in kinds}
+        each = [(arm.label, arm.calibration) for arm in self.arms if arm.calibration is not None]
+        kinds = {calibration.content: calibration for _, calibration in each}
+        return {", ".join(name for name, c in each if c.content == key): kinds[key] for key in kinds}
 
     @property
     def calibration(self) -> Calibration | None:
@@ -145,11 +139,11 @@ class RunData:
     def evaluations(self) -> dict[str, Evaluation]:
         """Every model to compare, in the order of tables: references first (original, gold, ...), then the arms."""
         order = sorted(self.references, key=lambda name: ({"original": 0, self.gold: 1}.get(name, 2), name))
-        found = {name: self.references[name] for name in order}
+        models = {name: self.references[name] for name in order}
         for arm in self.arms:
             if arm.final is not None:
-                found[arm.label if arm.label not in found else f"variants/{arm.label}"] = arm.final
-        return found
+                models[arm.label if arm.label not in models else f"variants/{arm.label}"] = arm.final
+        return models
 
 
 def gather(path: Path) -> RunData:
@@ -175,7 +169,7 @@ def gather(path: Path) -> RunData:
     tasks = (config.get("evaluation") or {}).get("tasks") or []
     headline = [f"{task['name']} {task['headline']}" for task in tasks if task.get("headline")]
     evaluations = _evaluations(path / "evaluation", headline)
-    references = {name: each for name, each in evaluations.items() if name != MAIN_ARM and _step_of(name) is None}
+    references = {name: each for name, each in evaluations.items() if name != MAIN_ARM}
     rule = (config.get("calibration") or {}).get("rule")
     bases = [b for b in sorted((path / "variants").glob("*")) if b.is_dir() and not re.search(r"\.(tmp|old)-", b.name)]
     changes = {base: (config.get("variants") or {}).get(base.name) or {} for base in bases}
@@ -208,29 +202,29 @@ def _arm(label: str, base: Path, rule: str | None, headline: list[str]) -> Arm:
     """``rule``: what the configuration asks for, where nothing is calibrated yet."""
     calibration = None
     if (base / "calibration" / FILE_NAME).is_file():
-        made = load(base / "calibration", "calibration", verify=False)
-        with reading(made.path or base, "the artefact", made.fix):
-            arrays = load_file(made.file("calibration.safetensors")) if "calibration.safetensors" in made.files else {}
-        diagnosis = read_diagnosis(made)
-        calibration = Calibration(arrays, diagnosis, made.content)
+        artefact = load(base / "calibration", "calibration", verify=False)
+        with reading(artefact.path or base, "the artefact", artefact.fix):
+            arrays = (
+                load_file(artefact.file("calibration.safetensors"))
+                if "calibration.safetensors" in artefact.files
+                else {}
+            )
+        diagnosis = read_diagnosis(artefact)
+        calibration = Calibration(arrays, diagnosis, artefact.content)
         rule = diagnosis.get("rule") or rule
     evaluations = _evaluations(base / "evaluation", headline)
-    checkpoints = {step: each for name, each in evaluations.items() if (step := _step_of(name)) is not None}
-    checkpoints = dict(sorted((_curve(base, headline) | checkpoints).items()))
-    return Arm(label, rule, calibration, read_manifest(base).get("step"), checkpoints, evaluations.get(MAIN_ARM))
+    steps, final = read_manifest(base).get("step"), evaluations.get(MAIN_ARM)
+    return Arm(label, rule, calibration, steps, _curve(base, headline), final)
 
 
 def _evaluations(directory: Path, headline: list[str]) -> dict[str, Evaluation]:
-    found = {}
-    for path in sorted(directory.glob("*.json")) if directory.is_dir() else []:
+    evaluations = {}
+    for path in sorted(directory.glob("*.json")):
         raw = read_result(path)
-        if "scores" not in raw:
-            continue
-        items = {task: logs for task, logs in (raw.get("items") or {}).items() if isinstance(logs, list)}
-        items = {task: [item for item in logs if isinstance(item, dict)] for task, logs in items.items()}
-        scores = _scores(raw["scores"], path.stem, headline)
-        found[path.stem] = Evaluation(path.stem, scores, items, raw.get("drift"), raw.get("attacks") or {})
-    return found
+        if "scores" in raw:
+            scores, items = _scores(raw["scores"], path.stem, headline), raw.get("items") or {}
+            evaluations[path.stem] = Evaluation(path.stem, scores, items, raw.get("drift"), raw.get("attacks") or {})
+    return evaluations
 
 
 def _scores(entries: list[dict[str, Any]], model: str, headline: list[str]) -> list[Score]:
@@ -251,15 +245,68 @@ def _scores(entries: list[dict[str, Any]], model: str, headline: list[str]) -> l
 
 def _curve(base: Path, headline: list[str]) -> dict[int, Evaluation]:
     """What an unlearning job scored of itself, by step, from its newest checkpoint, or RUN/curve.json."""
-    found = {}
+    models = {}
     for point in read_points(base):
         step, model = int(point["step"]), f"step_{point['step']}"
         if step and point["scores"]:  # at step 0 it is the original
-            scores = _scores(point["scores"], model, headline)
-            found[step] = Evaluation(model, scores, {})
-    return found
+            models[step] = Evaluation(model, _scores(point["scores"], model, headline), {})
+    return models
 
 
-def _step_of(stem: str) -> int | None:
-    digits = stem.removeprefix("step_")
-    return int(digits) if stem.startswith("step_") and digits.isdigit() else None
+def gather_repeats(run: RunData, paths: Sequence[Path]) -> list[RunData]:
+    """The runs at ``paths``; :class:`UserError` where one differs from ``run``, or another, in more than its seed."""
+    runs = [run]
+    for path in paths:
+        runs.append(gather(path))
+        if not all(repeats(runs[-1], each) for each in runs[:-1]):
+            fix = "report it alone; methods are compared as `variants` of one configuration, or in a study"
+            raise UserError(f"this run is no repetition of {run.path} with another seed", str(path), fix)
+    return runs[1:]
+
+
+def repeats(run: RunData, other: RunData) -> bool:
+    """Whether two runs differ only in their seed, and in files of their own that were made with it."""
+
+    def settings(value: Any, own: tuple[str, ...]) -> Any:
+        if isinstance(value, dict):
+            return {key: settings(each, own) for key, each in value.items()}
+        if isinstance(value, list):
+            return [settings(each, own) for each in value]
+        if not isinstance(value, str):
+            return value
+        parts = value.split("/")  # a path: from the run's folder (or the one that it lies in) on
+        return parts[max((place + 1 for place, part in enumerate(parts[:-1]) if part in own), default=0) :]
+
+    mine, theirs = (
+        settings({**each.config, "seed": 0, "name": "", "report": None}, each.path.resolve().parts[-2:])
+        for each in (run, other)
+    )
+    return bool(run.config) and mine == theirs and run.config.get("seed") != other.config.get("seed")
+
+
+def averaged(runs: Sequence[RunData]) -> RunData:
+    """The first of several runs with the scores that all have as means over them; what else it holds is its own."""
+    if len(runs) == 1:
+        return runs[0]
+
+    def mean(evaluations: Sequence[Evaluation | None]) -> Evaluation | None:
+        known = [evaluation for evaluation in evaluations if evaluation is not None]
+        if len(known) < len(runs):
+            return None
+        scores = []
+        for score in known[0].scores:
+            values = [value for each in known if (value := each.value(score.task, score.metric)) is not None]
+            if len(values) == len(runs):
+                scores.append(replace(score, value=math.fsum(values) / len(values), by_seed=tuple(values)))
+        return replace(known[0], scores=scores)
+
+    def mean_of_each(evaluations: Sequence[dict[Any, Evaluation]]) -> dict[Any, Evaluation]:
+        means = {key: mean([each.get(key) for each in evaluations]) for key in evaluations[0]}
+        return {key: evaluation for key, evaluation in means.items() if evaluation is not None}
+
+    arms = []
+    for arm in runs[0].arms:
+        same = [other for run in runs for other in run.arms if other.label == arm.label]
+        final = mean([other.final for other in same])
+        arms.append(replace(arm, final=final, checkpoints=mean_of_each([other.checkpoints for other in same])))
+    return replace(runs[0], references=mean_of_each([run.references for run in runs]), arms=arms)

@@ -112,11 +112,11 @@ def of_mixes(sides: Sequence[Sequence[Evaluation]], scores: Sequence[Score]) -> 
 def item_values(evaluation: Evaluation, task: str, metric: str) -> dict[str, float]:
     """A metric by question, where the evaluation keeps it."""
     read = ITEM_VALUES.get(metric, lambda item: item[metric])
-    found = {}
+    values = {}
     for item in evaluation.items.get(task) or []:
         with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
-            found[str(item.get("id"))] = float(read(item))
-    return found
+            values[str(item.get("id"))] = float(read(item))
+    return values
 
 
 def _of_perplexity(items: Sequence[dict[str, Any]]) -> Interval | None:

@@ -19,8 +19,7 @@ import yaml
 
 from trace_ds.evaluation.metrics import ARROWS, meaning, rows_of
 from trace_ds.reporting import scores
-from trace_ds.reporting.compare import averaged
-from trace_ds.reporting.gather import BASE_MODEL, Evaluation, RunData
+from trace_ds.reporting.gather import BASE_MODEL, Evaluation, RunData, averaged
 from trace_ds.reporting.tables import Table, item_cells
 from trace_ds.reporting.verdict import Verdict, perplexities
 
@@ -51,7 +50,7 @@ def render(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) 
         "points": lambda value: "–" if value is None else f"{100 * value:.1f}",
         "change": change,
         "gain": lambda value, low, high: change(100 * value, low and 100 * low, high and 100 * high, 1),
-        "tied": lambda text: re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\u00a0"), text),
+        "tied": lambda text: re.sub(r"\[[^\]]*\]", lambda shown: shown[0].replace(" ", "\u00a0"), text),
         "model": lambda label: ", ".join(names.get(each, each) for each in label.split(", ")),
     }
     rows = {name: table.rows() for name, table in tables.items()}
@@ -64,9 +63,9 @@ def render(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) 
         rows=rows,
         repeats=[each.name for each in runs] if len(runs) > 1 else [],
         examples=[
-            (title, found)
+            (title, shown)
             for role, title in (("forget", "To be forgotten"), ("utility", "To be kept"))
-            if (found := examples(run, role, main))
+            if (shown := examples(run, role, main))
         ],
         models=models,
         main=main,
@@ -121,13 +120,13 @@ def examples(run: RunData, role: str, main: str) -> list[tuple[str, list[tuple[s
     items = sorted(evaluations[main].items[task], key=lambda item: item_cells(item)[3] or 0.0)
     count = min(EXAMPLES, len(items))
     by_id = {name: {each.get("id"): each for each in one.items.get(task) or []} for name, one in evaluations.items()}
-    found = []
+    chosen = []
     for item in (items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)):
         own = {name: logs[item.get("id")] for name, logs in by_id.items() if item.get("id") in logs}
         cells = {name: item_cells(each) for name, each in own.items()}
         answers = [(name, c[2] or "nothing", c[3], "continuation" in own[name]) for name, c in cells.items()]
-        found.append((item_cells(item)[1], answers))
-    return found
+        chosen.append((item_cells(item)[1], answers))
+    return chosen
 
 
 def _task(evaluation: Evaluation, role: str) -> str | None:
@@ -146,7 +145,7 @@ def facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
     settings = run.config.get("unlearning") or {}
     steps = job.get("step") or settings.get("steps")
     machine = {"world": f"{{}} {kind}", "ep": "expert-parallel {}", "zero_stage": "ZeRO stage {}"}
-    found = {
+    parts_of = {
         "Model": [
             run.versions.get(BASE_MODEL, path.rpartition("/")[2]),
             str(job.get("family") or ""),
@@ -158,7 +157,7 @@ def facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
         "Machine": [text.format(job[key]) for key, text in machine.items() if job.get(key) is not None],
         "Seeds" if len(runs) > 1 else "Seed": [str(each.config["seed"]) for each in runs if "seed" in each.config],
     }
-    texts = {name: ", ".join(part for part in parts if part) for name, parts in found.items()}
+    texts = {name: ", ".join(part for part in parts if part) for name, parts in parts_of.items()}
     return [(name, text) for name, text in texts.items() if text]
 
 
@@ -217,11 +216,11 @@ def change(value: float, low: float | None = None, high: float | None = None, di
 
 def _warnings(run: RunData) -> list[tuple[str, str]]:
     """Every warning of the calibrations once, with the arms that it is about."""
-    found: dict[str, list[str]] = {}
+    arms_of: dict[str, list[str]] = {}
     for arm in run.arms:
         for warning in (arm.calibration.diagnosis.get("warnings") or []) if arm.calibration else []:
-            found.setdefault(str(warning), []).append(arm.title)
-    return [(text, ", ".join(arms)) for text, arms in found.items()]
+            arms_of.setdefault(str(warning), []).append(arm.title)
+    return [(text, ", ".join(arms)) for text, arms in arms_of.items()]
 
 
 def _csp_hash(text: str) -> str:

@@ -63,17 +63,17 @@ def targets(run: RunData) -> list[Target]:
     """Of every headline forget task; empty when one has neither a retrained model's score nor a chance level."""
     gold = run.references.get(run.gold)
     some = next((e for e in [gold, *run.evaluations().values()] if e is not None and role_scores(e, "forget")), None)
-    found = []
+    result = []
     for score in role_scores(some, "forget") if some is not None else []:
         if score.metric == FORGET_QUALITY:
-            found.append(Target(score, 1 - FORGOTTEN_P, f"TOFU's level, a p-value above {FORGOTTEN_P:g}"))
+            result.append(Target(score, 1 - FORGOTTEN_P, f"TOFU's level, a p-value above {FORGOTTEN_P:g}"))
         elif some is gold:
-            found.append(Target(score, score.value, "what a model scores that never saw the text"))
+            result.append(Target(score, score.value, "what a model scores that never saw the text"))
         elif score.chance is None:
             return []
         else:
-            found.append(Target(score, score.chance + CHANCE_MARGIN, "2 points above guessing"))
-    return found
+            result.append(Target(score, score.chance + CHANCE_MARGIN, "2 points above guessing"))
+    return result
 
 
 def excess(evaluation: Evaluation, goal: Sequence[Target]) -> float | None:
@@ -119,7 +119,7 @@ class Forgotten:
 
 def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
     """Of every forget task; empty when a target or a score is missing."""
-    original, gold, found = run.references["original"], run.references.get(run.gold), []
+    original, gold, result = run.references["original"], run.references.get(run.gold), []
     for target in targets(run):
         task, metric = target.score.task, target.score.metric
         before, after = original.find(task, metric), final.find(task, metric)
@@ -139,16 +139,16 @@ def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
             outcome = "nothing"
         elif fall.sign <= 0:
             outcome = "kept"
-        found.append(Forgotten(target, before, after, outcome))
-    return found
+        result.append(Forgotten(target, before, after, outcome))
+    return result
 
 
 def outcome_of(tasks: Sequence[Forgotten]) -> Outcome | None:
     """Of all tasks that there was something to forget of; None when that is not known."""
-    found = {task.outcome for task in tasks} - {"nothing"}
+    outcomes = {task.outcome for task in tasks} - {"nothing"}
     if not tasks:
         return None
-    return "nothing" if not found else found.pop() if len(found) == 1 else "partly"
+    return "nothing" if not outcomes else outcomes.pop() if len(outcomes) == 1 else "partly"
 
 
 def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
@@ -196,8 +196,8 @@ def trajectory(run: RunData, label: str | None) -> Trajectory | None:
     if arm is None or (arm.final is None and not arm.checkpoints):
         return None
     points = arm_points(run, arm)
-    asked = {score.task for score in points[-1][1].scores}
-    goal = [target for target in targets(run) if target.score.task in asked]
+    tasks = {score.task for score in points[-1][1].scores}
+    goal = [target for target in targets(run) if target.score.task in tasks]
     left = [excess(model, goal) for _, model in points]
     on_the_way = bool(arm.checkpoints and goal)
     met = [number for number, value in enumerate(left) if on_the_way and value is not None and value <= TOLERANCE]
@@ -221,23 +221,23 @@ class Standing:
 
 def standing(runs: Sequence[RunData], label: str, baseline: str | None) -> Standing | None:
     """One arm of runs that repeat each other; None where a run has no scores of it."""
-    mine = [way for run in runs if (way := trajectory(run, label)) is not None]
+    mine = [each for run in runs if (each := trajectory(run, label)) is not None]
     if len(mine) < len(runs):
         return None
     base = [None if baseline == label else trajectory(run, baseline) for run in runs]
     utility: dict[str, float | None] = {}
     pairs: dict[str, list[Difference | None]] = {}
     for moment in MOMENTS:
-        sides = [(way.at(moment), other and other.at(moment)) for way, other in zip(mine, base, strict=True)]
+        sides = [(each.at(moment), other and other.at(moment)) for each, other in zip(mine, base, strict=True)]
         utility[moment] = _mean_of([None if models is None else _utility(models) for models, _ in sides])
         pairs[moment] = [difference(models, others) if models and others else None for models, others in sides]
     return Standing(
         label,
-        _mean_of([None if way.first is None else way.steps[way.first] for way in mine]),
-        max(way.spacing for way in mine),
+        _mean_of([None if each.first is None else each.steps[each.first] for each in mine]),
+        max(each.spacing for each in mine),
         utility,
-        {moment: over_runs(found) for moment, found in pairs.items()},
-        any(way.on_the_way and way.first is None for way in mine),
+        {moment: over_runs(differences) for moment, differences in pairs.items()},
+        any(each.on_the_way and each.first is None for each in mine),
         sum(pair is not None and pair.value > 0 for pair in pairs["after"]),
         tuple(score.task for score in role_scores(mine[0].models[-1], "utility")),
     )
@@ -253,11 +253,11 @@ def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation]) -> Differ
     return Difference(values[0], values[1], of_mixes([mine, base], role_scores(mine[-1], "utility")))
 
 
-def over_runs(found: Sequence[Difference | None]) -> Difference | None:
+def over_runs(differences: Sequence[Difference | None]) -> Difference | None:
     """The mean difference of runs, of several with Student's t interval; None unless all have one."""
-    known = [each for each in found if each is not None]
-    if len(known) < len(found) or len(known) == 1:
-        return found[0] if len(found) == 1 else None
+    known = [each for each in differences if each is not None]
+    if len(known) < len(differences) or len(known) == 1:
+        return differences[0] if len(differences) == 1 else None
     mine, base = (math.fsum(values) / len(known) for values in zip(*((d.mine, d.base) for d in known), strict=True))
     return Difference(mine, base, t_interval([each.value for each in known]))
 
@@ -278,8 +278,8 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 def headline_table(run: RunData) -> tuple[list[Score], dict[str, list[float | None]]]:
     """The headline scores, forget tasks first, and each model's values of them."""
     models = run.evaluations()
-    found = [score for role in ("forget", "utility") for each in models.values() for score in each.headline(role)]
-    scores = list({(score.task, score.metric): score for score in found}.values())
+    headlines = [score for role in ("forget", "utility") for each in models.values() for score in each.headline(role)]
+    scores = list({(score.task, score.metric): score for score in headlines}.values())
     return scores, {name: [one.value(s.task, s.metric) for s in scores] for name, one in models.items()}
 
 

@@ -176,16 +176,16 @@ def read_result(path: Path) -> dict[str, Any]:
     return raw
 
 
-def read_diagnosis(made: Artefact) -> dict[str, Any]:
+def read_diagnosis(artefact: Artefact) -> dict[str, Any]:
     """``calibration/diagnosis.json``; empty where there is none."""
     name = "diagnosis.json"
-    return read(made.file(name), DiagnosisShape, "calibrate") if name in made.files else {}
+    return read(artefact.file(name), DiagnosisShape, "calibrate") if name in artefact.files else {}
 
 
-def read_layers(made: Artefact) -> list[int] | None:
+def read_layers(artefact: Artefact) -> list[int] | None:
     """The decoder layers that statistics are of."""
-    with reading((made.path or Path()) / FILE_NAME, "the description of the artefact", made.fix):
-        return check(made.summary.get("layers"), list[int] | None)
+    with reading((artefact.path or Path()) / FILE_NAME, "the description of the artefact", artefact.fix):
+        return check(artefact.summary.get("layers"), list[int] | None)
 
 
 def read_manifest(base: Path) -> dict[str, Any]:

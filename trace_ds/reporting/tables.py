@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.reporting.compare import averaged
-from trace_ds.reporting.gather import RunData
+from trace_ds.reporting.gather import RunData, averaged
 from trace_ds.reporting.intervals import Interval, of_difference, of_score
 from trace_ds.reporting.scores import MOMENTS, arm_points, excess, mean_score, standing, targets
 
@@ -106,24 +105,26 @@ def routing(run: RunData) -> Table:
 def selected_experts(run: RunData) -> Table:
     """The forget-critical experts, strongest ratio first."""
     header = ["layer", "expert", "forget", "retain", "ratio", "ratio_low", "ratio_high", "target", "achieved"]
-    found = (run.calibration.diagnosis.get("selected") or []) if run.calibration else []
-    rows = [[entry.get(key) for key in header] for entry in found if isinstance(entry, dict)]
+    entries = (run.calibration.diagnosis.get("selected") or []) if run.calibration else []
+    rows = [[entry.get(key) for key in header] for entry in entries if isinstance(entry, dict)]
     return make(header, sorted(rows, key=lambda row: (-(row[4] or 0), row[:2])))
 
 
 def _from_diagnosis(run: RunData, key: str, header: list[str]) -> Table:
     """Rows of a list in the diagnoses; weights that are uniform say nothing, so those are left out."""
-    made = {arm: c.diagnosis for arm, c in run.calibrations.items() if c.diagnosis.get("rule") != "uniform"}
-    rows = [[arm, *map(entry.get, header)] for arm, known in made.items() for entry in known.get(key) or [] if entry]
+    diagnoses = {arm: c.diagnosis for arm, c in run.calibrations.items() if c.diagnosis.get("rule") != "uniform"}
+    rows = [
+        [arm, *map(entry.get, header)] for arm, known in diagnoses.items() for entry in known.get(key) or [] if entry
+    ]
     return make(["arm", *header], rows)
 
 
 def sources(run: RunData) -> Table:
     """Where the weight went, what gained most first."""
-    found = _from_diagnosis(run, "share_by_source", ["source", "token_share", "weight_share"]).rows()
+    shares = _from_diagnosis(run, "share_by_source", ["source", "token_share", "weight_share"]).rows()
     rows = [
         [*row.values(), weight - tokens, weight / tokens if tokens else None]
-        for row in found
+        for row in shares
         for tokens, weight in [(row["token_share"], row["weight_share"])]
     ]
     header = ["arm", "source", "token_share", "weight_share", "gain", "times"]
@@ -149,13 +150,13 @@ def matched_forgetting(runs: Sequence[RunData]) -> Table:
     """Utility at matched forgetting, mean over the runs, and the difference to uniform weights."""
     rows: list[list[Any]] = []
     for arm in runs[0].arms:
-        found = standing(runs, arm.label, runs[0].baseline.label if runs[0].baseline else None)
-        if found is not None and (found.step is not None or found.late):
+        result = standing(runs, arm.label, runs[0].baseline.label if runs[0].baseline else None)
+        if result is not None and (result.step is not None or result.late):
             numbers: list[Any] = []
             for at in MOMENTS:
-                gap = found.against[at]
-                numbers += [found.utility[at], gap and gap.value, *_ends(gap.interval if gap else None)]
-            rows.append([arm.label, arm.rule, len(runs), found.step, found.spacing, *numbers])
+                gap = result.against[at]
+                numbers += [result.utility[at], gap and gap.value, *_ends(gap.interval if gap else None)]
+            rows.append([arm.label, arm.rule, len(runs), result.step, result.spacing, *numbers])
     header = ["arm", "rule", "runs", "first_step", "steps_between_scores"]
     for column in ("utility_at_first", "mean_utility_after", "utility_at_end"):
         header += [column, f"{column}_gain", f"{column}_gain_low", f"{column}_gain_high"]
@@ -178,10 +179,10 @@ def attacks(run: RunData) -> Table:
     rows: list[list[Any]] = []
     for name, evaluation in run.evaluations().items():
         forcing, relearning = (evaluation.attacks.get(key) or {} for key in ("expert_forcing", "relearning"))
-        stages = [("expert forcing", kind, found) for kind, found in forcing.items()]
+        stages = [("expert forcing", kind, values) for kind, values in forcing.items()]
         stages += [("relearning", f"step {e['step']}", e["scores"]) for e in relearning.get("curve") or []]
-        for attack, stage, found in stages:
-            rows += [[name, attack, stage.replace("_", " "), metric, value] for metric, value in found.items()]
+        for attack, stage, values in stages:
+            rows += [[name, attack, stage.replace("_", " "), metric, value] for metric, value in values.items()]
     return make(["model", "attack", "stage", "score", "value"], rows)
 
 
@@ -209,15 +210,15 @@ def items(run: RunData) -> Table:
     """Every forget item, and every other that models answer: the question, and by model its answer and score."""
     evaluations = run.evaluations()
     roles = {score.task: score.role for evaluation in evaluations.values() for score in evaluation.scores}
-    found: dict[tuple[str, str], list[Any]] = {}
+    rows_by_item: dict[tuple[str, str], list[Any]] = {}
     for number, evaluation in enumerate(evaluations.values()):
         for task in sorted(evaluation.items):
             for item in evaluation.items[task] if task in roles else []:
                 name, question, answer, score = item_cells(item)
-                row = found.setdefault((task, name), [question, *[None] * (2 * len(evaluations))])
+                row = rows_by_item.setdefault((task, name), [question, *[None] * (2 * len(evaluations))])
                 row[2 * number + 1 : 2 * number + 3] = answer, score
-    answered = {task for (task, _), row in found.items() if roles[task] == "forget" or any(row[1::2])}
-    rows = [[task, roles[task], name, *row] for (task, name), row in found.items() if task in answered]
+    answered = {task for (task, _), row in rows_by_item.items() if roles[task] == "forget" or any(row[1::2])}
+    rows = [[task, roles[task], name, *row] for (task, name), row in rows_by_item.items() if task in answered]
     columns = [column for name in evaluations for column in (name, f"{name} score")]
     return make(["task", "role", "id", "text", *columns], rows)
 

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trace_ds.evaluation.metrics import FORGET_QUALITY
-from trace_ds.reporting.compare import averaged
-from trace_ds.reporting.gather import Evaluation, RunData, Score
+from trace_ds.reporting.gather import Evaluation, RunData, Score, averaged
 from trace_ds.reporting.intervals import Interval, of_score
 from trace_ds.reporting.scores import (
     Difference,
@@ -186,8 +185,8 @@ def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
 def perplexities(run: RunData) -> tuple[str, dict[str, float | None]]:
     """The first task of text to keep whose perplexity tells whether a model still speaks, and the models' values."""
     models = run.evaluations()
-    found = (score for each in models.values() for score in each.scores if score.role == "utility")
-    task = next((score.task for score in found if score.metric == "perplexity"), "")
+    candidates = (score for each in models.values() for score in each.scores if score.role == "utility")
+    task = next((score.task for score in candidates if score.metric == "perplexity"), "")
     return task.replace("_", " "), {name: each.value(task, "perplexity") for name, each in models.items() if task}
 
 

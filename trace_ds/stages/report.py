@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from trace_ds import __version__
 from trace_ds.conversion.card import LIMITS, model_card, model_name, plain, table
-from trace_ds.reporting.compare import averaged, gather_repeats
-from trace_ds.reporting.gather import BASE_MODEL, gather
+from trace_ds.reporting.gather import BASE_MODEL, averaged, gather, gather_repeats
 from trace_ds.reporting.scores import headline_table
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory, unwritable
