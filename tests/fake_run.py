@@ -174,7 +174,7 @@ def _write_arm(
     for step in STEPS:
         done = 1 - float(np.exp(-step / 22))
         forget = knew - (knew - floor) * done / (1 - float(np.exp(-STEPS[-1] / 22)))
-        utility = 0.98 - (0.09 - bonus) * done
+        utility = 0.98 - (0.12 - bonus) * done
         curve.append({"step": step, "scores": _scores(forget, utility), "by_source": {}})
     drift = {
         side: {
