@@ -90,12 +90,11 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
     )
     passages = _split_passages(verses, tokenizer, random.Random(f"passages {seed}"))
 
+    near = {"knowledge": (facts["pool"].documents, near_share)}
+    near["verbatim"] = (passages["pool"], RETAIN_TASK_SHARE["verbatim"])
     retain = {
-        task: retain_pool(near, share, general, RETAIN_TOKENS[task], tokenizer, random.Random(f"retain {task} {seed}"))
-        for task, near, share in (
-            ("knowledge", facts["pool"].documents, near_share),
-            ("verbatim", passages["pool"], RETAIN_TASK_SHARE["verbatim"]),
-        )
+        task: retain_pool(*of_task, general, RETAIN_TOKENS[task], tokenizer, random.Random(f"retain {task} {seed}"))
+        for task, of_task in near.items()
     }
     gold = facts["pool"].documents + facts["utility"].documents + passages["pool"] + passages["utility"] + general
     lines: dict[str, Sequence[Any]] = {
@@ -115,9 +114,6 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
         write_lines(directory / name, items)
     _save_tokenizer(tokenizer, directory / "tokenizer")
     return {name: len(items) for name, items in lines.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- facts
 
 
 @dataclass(frozen=True)
@@ -163,11 +159,8 @@ def _state(facts: Sequence[tuple[str, Fact]], answers: dict[str, list[str]], rng
     documents, questions = [], []
     for source, fact in facts:
         held_out = rng.randrange(PHRASINGS)
-        documents += [
-            Document(f"{prompt} {fact.answer}", source)
-            for index, prompt in enumerate(fact.prompts)
-            if index != held_out
-        ]
+        trained = [prompt for index, prompt in enumerate(fact.prompts) if index != held_out]
+        documents += [Document(f"{prompt} {fact.answer}", source) for prompt in trained]
         others = sorted(set(answers[fact.relation]) - {fact.answer})
         choices = [fact.answer, *rng.sample(others, 3)]
         rng.shuffle(choices)
@@ -175,9 +168,6 @@ def _state(facts: Sequence[tuple[str, Fact]], answers: dict[str, list[str]], rng
         questions.append(question | {"answer": choices.index(fact.answer), "source": source})
     rng.shuffle(questions)
     return Side(documents, questions)
-
-
-# ------------------------------------------------------------------------------------------------------ Bible books
 
 
 def read_verses() -> dict[str, list[str]]:
@@ -228,9 +218,6 @@ def _continuations(passages: Sequence[Document]) -> list[dict[str, Any]]:
     return questions
 
 
-# ------------------------------------------------------------------------------------------------------ retain pool
-
-
 def retain_pool(
     near: Sequence[Document],
     share: float,
@@ -254,9 +241,6 @@ def _up_to(documents: Sequence[Document], tokens: int, tokenizer: Tokenizer) -> 
         if total > tokens:
             return list(documents[:index])
     return list(documents)
-
-
-# -------------------------------------------------------------------------------------------------- tokenizer, files
 
 
 def _train_tokenizer(texts: Sequence[str]) -> Tokenizer:
@@ -285,15 +269,9 @@ def _tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
 
 
 def _save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "unk_token": UNK,
-        "model_max_length": CONTEXT_TOKENS,
-        "clean_up_tokenization_spaces": False,
-    }
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "model_max_length": CONTEXT_TOKENS}
+    config |= {"clean_up_tokenization_spaces": False}
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / "tokenizer.json", tokenizer.to_str())
     write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

@@ -97,9 +97,6 @@ def pretrain(
     return training
 
 
-# -------------------------------------------------------------------------------------------------------------- data
-
-
 def _read(path: Path) -> dict[str, list[str]]:
     """Texts by kind (the keys of ROWS)."""
     texts: dict[str, list[str]] = {kind: [] for kind in ROWS}
@@ -126,9 +123,6 @@ def _batches(texts: dict[str, list[str]], tokenizer: Any, rng: random.Random) ->
     while True:
         rows = [next(streams[kind]) for kind, count in ROWS.items() for _ in range(count)]
         yield batch_of(rows, tokenizer.token_to_id(PAD), CONTEXT_TOKENS)
-
-
-# ---------------------------------------------------------------------------------------------------------- training
 
 
 def _new_model(tokenizer: Any, seed: int) -> MixtralForCausalLM:
@@ -195,9 +189,6 @@ def _losses(model: MixtralForCausalLM, batch: Batch) -> tuple[torch.Tensor, torc
         load_E = torch.zeros_like(logits_NE).scatter_(1, chosen_NK, 1.0).mean(0)
         balance = balance + experts * (load_E * logits_NE.softmax(-1).mean(0)).sum() / len(outputs.router_logits)
     return loss, balance
-
-
-# ------------------------------------------------------------------------------------------------------------ saving
 
 
 def _save(model: MixtralForCausalLM, tokenizer: Path, training: dict[str, Any], destination: Path) -> None:
