@@ -84,8 +84,7 @@ def dataset_of(folder: Path, vocabulary: int, rows: int, length: int) -> Any:
     """A token dataset of packed rows, four documents in each."""
     import numpy as np
 
-    from trace_ds.corpora.dataset import TokenDataset, write_rows
-    from trace_ds.corpora.pack import PackedRow
+    from trace_ds.corpora.dataset import PackedRow, TokenDataset, write_rows
 
     draw = np.random.default_rng(1)
     local = (np.arange(length) // -(-length // 4)).astype(np.int32)

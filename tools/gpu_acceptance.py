@@ -100,8 +100,7 @@ def ragged_rows(folder: Path, name: str, rows: int = 12, length: int = 40) -> An
     """A token dataset: three documents in a row, rows of three lengths; the same for the same name."""
     import numpy as np
 
-    from trace_ds.corpora.dataset import TokenDataset, write_rows
-    from trace_ds.corpora.pack import PackedRow
+    from trace_ds.corpora.dataset import PackedRow, TokenDataset, write_rows
 
     draw = np.random.default_rng(sum(map(ord, name)))
     packed = []

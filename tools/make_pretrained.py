@@ -56,8 +56,19 @@ from torch import nn
 
 from trace_ds.corpora.read import Document as ReadDocument
 from trace_ds.corpora.tokenizer import load_tokenizer, pad_token_id
-from trace_ds.demo.corpora import Document, Side, entangled, read_verses, retain_pool, split_facts, write_lines
-from trace_ds.demo.facts import PACKAGES, Fact, Record, read_records
+from trace_ds.demo.corpora import (
+    PACKAGES,
+    Document,
+    Fact,
+    Record,
+    Side,
+    entangled,
+    read_records,
+    read_verses,
+    retain_pool,
+    split_facts,
+    write_lines,
+)
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import ChoiceItem
 from trace_ds.evaluation.kinds import Outcome, evaluate_choice, evaluate_perplexity

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_ds.corpora.dataset import FlatArray, TokenDataset, write_rows
-from trace_ds.corpora.pack import PackingCounts, counted_positions, pack
+from trace_ds.corpora.dataset import FlatArray, PackingCounts, TokenDataset, counted_positions, pack, write_rows
 
 documents_strategy = st.lists(st.lists(st.integers(0, 99), max_size=20), max_size=30)
 

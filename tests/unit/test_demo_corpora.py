@@ -13,9 +13,8 @@ import pytest
 import torch
 from command import tree
 
-from trace_ds.corpora.dataset import batch_of
-from trace_ds.corpora.pack import PackedRow
-from trace_ds.demo import corpora, facts, pretrain, run
+from trace_ds.corpora.dataset import PackedRow, batch_of
+from trace_ds.demo import corpora, pretrain, run
 from trace_ds.errors import UserError
 
 
@@ -50,7 +49,7 @@ def test_gold_never_sees_what_is_forgotten(built: Path) -> None:
     assert original - gold == forgotten
     assert gold < original
     assert not any(" element " in text for text in gold)
-    assert len(lines(built / "knowledge/forget.jsonl")) == 118 * 4 * (facts.PHRASINGS - 1)  # in four phrasings
+    assert len(lines(built / "knowledge/forget.jsonl")) == 118 * 4 * (corpora.PHRASINGS - 1)  # in four phrasings
     heldout = texts(built / "heldout_general.jsonl")
     assert len(heldout) == corpora.HELDOUT_DOCUMENTS and not heldout & original
 

@@ -18,8 +18,7 @@ from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 
 from trace_ds.config.sections.evaluation import TaskConfig
-from trace_ds.corpora.dataset import TokenDataset, write_rows
-from trace_ds.corpora.pack import PackingCounts, pack
+from trace_ds.corpora.dataset import PackingCounts, TokenDataset, pack, write_rows
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation import drift, kinds, metrics, retrained

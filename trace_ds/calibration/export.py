@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trace_ds.corpora.dataset import batch_of, open_stream
-from trace_ds.corpora.pack import PackedRow
+from trace_ds.corpora.dataset import PackedRow, batch_of, open_stream
 from trace_ds.errors import UserError
 from trace_ds.models.routers import RoutingRecorder, record_routing
 from trace_ds.models.token_nll import token_nll, weighted_sum

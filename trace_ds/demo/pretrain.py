@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.corpora.dataset import Batch, batch_of
-from trace_ds.corpora.pack import PackedRow, PackingCounts, pack
+from trace_ds.corpora.dataset import Batch, PackedRow, PackingCounts, batch_of, pack
 from trace_ds.demo.corpora import BOS, CONTEXT_TOKENS, EOS, PAD
 from trace_ds.errors import UserError
 from trace_ds.run.files import replacing_directory, safetensors_errors, write_text

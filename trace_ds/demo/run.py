@@ -20,8 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import cast
 
-from trace_ds.demo.corpora import Regime
-from trace_ds.demo.facts import INSTALL, PACKAGES
+from trace_ds.demo.corpora import INSTALL, PACKAGES, Regime
 from trace_ds.demo.pretrain import STEPS
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.launch import die_with_parent, parent_of_this

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.data import DataConfig
-from trace_ds.corpora.dataset import DOCUMENT_SCHEMA, TEXT_START_READ, ArrowWriter, text_start, write_rows
-from trace_ds.corpora.pack import PackingCounts, pack
+from trace_ds.corpora.dataset import (
+    DOCUMENT_SCHEMA,
+    TEXT_START_READ,
+    ArrowWriter,
+    PackingCounts,
+    pack,
+    text_start,
+    write_rows,
+)
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_streams
 from trace_ds.corpora.tokenizer import (
     default_threads,
