@@ -71,8 +71,8 @@ def test_it_leaves_the_whole_run_directory(demo: Path) -> None:
 
 
 ENDS = (
-    "knowledge task): ",
-    "verbatim task): ",
+    "report: demo: ",
+    "report: demo_verbatim: ",
     "forgot",
     "points of utility",
     "against uniform weights",
