@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trace_ds.conversion.command import convert_command
 from trace_ds.errors import UserError
 
 NEEDED = {"torch": "torch>=2.11", "transformers": "transformers>=5.17,<5.25", "safetensors": "safetensors"}
@@ -44,6 +43,8 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="check, say what would be written, write nothing")
     options = vars(parser.parse_args())
     try:
+        from trace_ds.conversion.convert import convert_command
+
         return convert_command(options.pop("source"), options.pop("destination"), **options)
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)

@@ -270,7 +270,7 @@ def convert(
         _refuse({f"--{name.replace('_', '-')}": value for name, value in options.items()}, "with a CONFIG", fix)
         return _run_verb("convert", source, run_dir, set_ or [], variant, dry_run)
     _refuse(of_run, "with SOURCE DESTINATION", "leave it out, or give a CONFIG alone")
-    from trace_ds.conversion.command import convert_command
+    from trace_ds.conversion.convert import convert_command
 
     raise typer.Exit(convert_command(Path(source[0]), Path(source[1]), dry_run=dry_run, **options))
 

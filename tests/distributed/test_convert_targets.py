@@ -13,9 +13,9 @@ from processes import run_as_main
 from safetensors.torch import load_file, save_file
 from test_convert_engines import FAMILIES, Case, base_model, checkpoints
 
+from trace_ds.checkpoints.elastic import write_universal
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.tensors.opening import open_source
-from trace_ds.tensors.universal import write_universal
 
 TRAINED = Case("mixtral", 3, 2)
 
@@ -85,7 +85,7 @@ def test_reruns_and_jobs_give_the_same_bytes(tmp_path: Path) -> None:
 def test_universal_folder_equals_deepspeeds_own(tmp_path: Path, case: Case) -> None:
     """Every state of every parameter is bit for bit what ds_to_universal writes."""
     source = checkpoints(2) / case.name
-    write_universal(open_source(source), tmp_path / "ours", jobs=2)
+    write_universal(open_source(source), tmp_path / "ours")
     theirs = tmp_path / "theirs" / "step_000001"
     words = ["--input_folder", source / "step_000001", "--output_folder", theirs]
     words += ["--num_extract_workers", 1, "--num_merge_workers", 1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -201,27 +200,6 @@ def test_why_a_job_failed_is_not_hidden_by_a_full_disk(tmp_path: Path) -> None:
     ends = end_of_ranks(failing_job, 2, str(tmp_path / "checkpoints"))
     assert all(str(end).rstrip().endswith("the loss is not finite") for end in ends), ends
     assert check_whole(tmp_path / "checkpoints") == 0
-
-
-def save_where_memory_is_short(world: Any, folder: str, free_bytes: float) -> str:
-    """Two saves of 320 kB a rank with so much free memory; the main process's log."""
-    commit.available_memory_bytes = lambda: free_bytes  # type: ignore[assignment]
-    engine, checkpoints, path = StandIn(world.rank, 1), Path(folder), Path(folder).parent / "log.jsonl"
-    log = StageLog("unlearn", path if world.is_main else None, None)
-    with commit.Saver(engine, world, checkpoints, log, keep=2, background=True) as saver:
-        for engine.step in (1, 2):
-            saver.save(manifest_of(engine.step, world.size))
-    log.close()
-    return path.read_text() if world.is_main else ""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("free_bytes", "told"), [(1_400_000, 0), (400_000, 1)])
-def test_without_room_for_a_copy_it_waits_and_says_so_once(tmp_path: Path, free_bytes: int, told: int) -> None:
-    """Half of what is free is shared by both ranks: 350 and 100 kB for each."""
-    log = run_distributed(save_where_memory_is_short, 2, str(tmp_path / "checkpoints"), free_bytes)[0]
-    assert len(re.findall("training waits while checkpoints are written: for 0.000(24|32) GB of a rank", log)) == told
-    assert check_whole(tmp_path / "checkpoints") == 2
 
 
 def flip(path: Path) -> None:

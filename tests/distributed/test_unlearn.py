@@ -22,6 +22,7 @@ from processes import end_of_ranks, run_as_main, run_distributed
 from safetensors.numpy import load_file
 from stage_calls import calibrate
 
+from trace_ds.checkpoints.elastic import write_universal
 from trace_ds.checkpoints.manifest import complete_steps, newest_complete, read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.conversion.convert import convert_checkpoint
@@ -31,7 +32,6 @@ from trace_ds.run.directory import MADE_IN, RunDirectory
 from trace_ds.run.files import remove_leftovers
 from trace_ds.stages.unlearn import check as check_unlearn
 from trace_ds.tensors.opening import open_source
-from trace_ds.tensors.universal import write_universal
 from trace_ds.unlearning.trainer import finite_state
 
 # AdamW with a large eps moves each weight nearly in proportion to its gradient, so equal weights mean equal gradients;
@@ -382,7 +382,7 @@ def test_deepspeeds_own_tools_read_our_checkpoints(calibrated: tuple[Path, Path]
         name: value for path in (tmp_path / "fp32").glob("*.safetensors") for name, value in load_tensors(path).items()
     }
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    write_universal(open_source(step), tmp_path / "ours", jobs=1)
+    write_universal(open_source(step), tmp_path / "ours")
     states = sorted((tmp_path / "ours" / step.name / "zero").glob("*/*.pt"))
     assert len(states) > 3 * 20
     for path in states:

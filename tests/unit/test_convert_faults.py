@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from test_convert_engines import Case, base_model, checkpoints
 
 from trace_ds.checkpoints import serialization
+from trace_ds.checkpoints.elastic import write_universal
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.stages.inspect import inspect
 from trace_ds.tensors.opening import open_source
 from trace_ds.tensors.torch_archive import read_archive
-from trace_ds.tensors.universal import write_universal
 
 CASE = Case("mixtral", 3, 2)
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -145,7 +145,7 @@ WRONG_METADATA: dict[str, tuple[str, str, Change, str]] = {
     "wrong partitions": ("zero3", OPTIM, put(OPTIMIZER, "partition_count", 4), ""),
     "optimizer step": ("zero3", OPTIM, put(*STEP_OF, torch.zeros(3)), ""),
     "mixed optimizer steps": ("zero3", OPTIM, put(*STEP_OF, torch.tensor(4.0)), ""),
-    "optimizer ahead": ("zero3", "*_optim_states.pt", put(*STEP_OF, torch.tensor(7.0)), "7 steps, the job 1"),
+    "optimizer ahead": ("zero3", "*_optim_states.pt", put(*STEP_OF, torch.tensor(7.0)), "7 steps and the job 1"),
     "paddings": ("zero1", OPTIM, put(OPTIMIZER, "param_alignment_paddings", 0, [4]), ""),
 }
 
@@ -214,23 +214,11 @@ def test_fault(
     assert tree(tmp_path) == before
 
 
-# id: (value in config.json, or the whole text; part of the line)
-CONFIGURATIONS: dict[str, tuple[Any, str]] = {
-    "text": ("[1", "config.json"),
-    "deep": ("[" * 100_000, "config.json"),
-    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-    "heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-    "no type": ({"model_type": None}, "config.json"),
-    "vocabulary": ({"vocab_size": -1}, "config.json"),
-}
-
-
-@pytest.mark.parametrize(("change", "named"), CONFIGURATIONS.values(), ids=list(CONFIGURATIONS))
-def test_configuration_of_no_model(source: Path, tmp_path: Path, change: Any, named: str) -> None:
+def test_configuration_of_no_model(source: Path, tmp_path: Path) -> None:
     shutil.copytree(base(), tmp_path / "base")
     path = tmp_path / "base" / "config.json"
-    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
-    refused(source, tmp_path / "model", named, base_model=tmp_path / "base")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": -1}))
+    refused(source, tmp_path / "model", "config.json", base_model=tmp_path / "base")
 
 
 def text(value: str) -> bytes:
@@ -247,7 +235,7 @@ HOSTILE: dict[str, bytes] = {  # pickles that no writer leaves
     "getattr": b"c__builtin__\ngetattr\n" + b"ctorch\nTensor\n" + text("__init__") + b"\x86R",
     "a function of ours": b"ctrace_ds.run.files\nwrite_text\n" + text("payload_ran") + text("x") + b"\x86R",
     "a record outside": tensor(key="../../../../etc/passwd"),
-    "a storage of another size": tensor(numel=96),
+    "a storage beyond the file": tensor(numel=255),
     "no end": b"]" * 10,
 }
 
@@ -296,15 +284,7 @@ def test_reading_allocates_no_tensor(tmp_path: Path) -> None:
         torch.save({"weight": torch.empty(1 << 28)}, path)
     with a_gigabyte_more():
         (weight,) = read_archive(path).values()
-    assert (weight.shape, weight.storage.nbytes) == ((1 << 28,), 1 << 30)
-
-
-def test_an_optimizer_behind_the_job_is_a_note(source: Path, tmp_path: Path) -> None:
-    """Weights were loaded without optimizer states."""
-    for path in source.glob("*_optim_states.pt"):
-        rewrite(path, put(*STEP_OF, torch.tensor(0.0)))
-    notes = convert_checkpoint(source, tmp_path / "model", base_model=base())["notes"]
-    assert "has made 0 steps and the job 1" in notes[0]
+    assert (weight.shape, weight.storage.numel) == ((1 << 28,), 1 << 28)
 
 
 @pytest.mark.parametrize(
@@ -320,19 +300,11 @@ def test_what_is_not_finite_is_a_warning_that_names_the_tensors(
     assert warning in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
-    """Three files for every tensor as a target, under a limit below their number."""
-    checkpoint = open_source(checkpoints(2) / CASE.name)
-    with limit(resource.RLIMIT_NOFILE, len(list(Path("/proc/self/fd").iterdir())) + 70):
-        write_universal(checkpoint, tmp_path, jobs=3)
-    assert len(list(tmp_path.rglob("*.pt"))) > 70
-
-
 def test_a_checkpoint_without_all_moments_is_not_gone_on_from(source: Path, tmp_path: Path) -> None:
     for path in source.glob("*_optim_states.pt"):
         rewrite(path, lambda state: state[OPTIMIZER][OPTIMIZER]["state"][0].pop("exp_avg_sq"))
     with pytest.raises(UserError, match="has no exp_avg_sq"):
-        write_universal(open_source(source), tmp_path, jobs=1)
+        write_universal(open_source(source), tmp_path)
 
 
 def test_what_transformers_does_not_load_is_left_out(tmp_path: Path) -> None:

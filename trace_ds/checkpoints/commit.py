@@ -18,11 +18,11 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import (
     STEP,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.run.log import StageLog
 
-T = TypeVar("T")
 ASK_EVERY_S = 0.2
 HOST_SHARE = 0.5  # of the free memory: torch rounds page-locked copies up to powers of two, and training goes on
 
@@ -55,29 +54,22 @@ class Saver:
     :class:`StopRequested`); any other error ends a rank in the middle, as a kill would.
 
     Args:
-        log: told of every checkpoint that is complete, and how long training stood still for it; once, that host memory
-            does not suffice for copies.
+        log: gets an event for every complete checkpoint, with how long training stood still for it.
         keep: newest checkpoints kept, at least 2.
         background: whether training may go on while files are written.
     """
 
     def __init__(
-        self,
-        engine: Any,
-        world: World,
-        checkpoints: Path,
-        log: StageLog,
-        *,
-        keep: int,
-        background: bool = True,
+        self, engine: Any, world: World, checkpoints: Path, log: StageLog, *, keep: int, background: bool = True
     ) -> None:
         self._engine, self._world, self._checkpoints = engine, world, checkpoints
-        self._keep, self._background = keep, background
-        self._log, self._said = log, False
+        self._keep, self._background, self._log = keep, background, log
+        self._files = engine.checkpoint_engine.files
         self._ranks_here = world.gather(platform.node()).count(platform.node())
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
-        self._work: futures.Future[Any]  # of the save in flight
-        self._in_flight: Iterator[None] | None = None
+        self._work: futures.Future[Any] | None = None  # of the save in flight
+        self._then: Callable[[Any], None]  # called with its result when every rank's work is done
+        self._warned = False
 
     def __enter__(self) -> Saver:
         return self
@@ -91,9 +83,8 @@ class Saver:
             except (OSError, AgreedError) as error:
                 if kind is None or not issubclass(kind, JobFailed):
                     raise
-                self._log.line(
-                    f"WARNING the last checkpoint was not written: {error or 'another process could not'}"
-                )  # why the job failed is told
+                reason = error or "another process could not"  # why the job failed is what the user must read
+                self._log.line(f"WARNING the last checkpoint was not written: {reason}")
         self._thread.shutdown(wait=False)
 
     def save(self, manifest: Manifest, *, wait: bool = False) -> None:
@@ -105,10 +96,21 @@ class Saver:
         """
         began_s = time.monotonic()
         self.finish()
-        self._in_flight = self._protocol(copy.deepcopy(manifest), copied=self._background and not wait)
-        self._advance()
+        manifest, copied = copy.deepcopy(manifest), self._background and not wait
+        temporary = self._checkpoints / f"{step_name(manifest.step)}.tmp-{os.getpid()}"
+        temporary = Path(self._world.broadcast(str(temporary)))
+        self._files.begin(self._room_bytes() if copied else 0.0)
+        if self._world.is_main:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._world.barrier()  # no rank makes copies before all have seen how much memory is free
+        self._engine._copy_recovery_script = lambda folder: leave_script(Path(folder), manifest)
+        self._engine.save_checkpoint(
+            str(self._checkpoints), tag=temporary.name, client_state=client_state(manifest), save_latest=False
+        )
+        self._submit(self._files.write, lambda written: self._gather_and_publish(manifest, temporary, written, copied))
         self._waited_s = time.monotonic() - began_s
-        if wait or not self._background:
+        if not copied:
             self.finish()
 
     def poll(self) -> None:
@@ -117,82 +119,65 @@ class Saver:
         Raises:
             OSError: this rank could not write (AgreedError: another one could not); the save is given up.
         """
-        if self._in_flight is not None and not self._world.max_int(int(not self._work.done())):
-            self._advance()
+        if self._work is not None and not self._world.max_int(int(not self._work.done())):
+            work, self._work = self._work, None
+            self._then(self._world.run_on_all_ranks(work.result))
 
     def finish(self) -> None:
         """Come back when no save is in flight. Ranks ask each other now and then: none waits long in a collective."""
-        while self._in_flight is not None:
+        while self._work is not None:
             futures.wait([self._work], ASK_EVERY_S)
             self.poll()
 
-    def _advance(self) -> None:
-        protocol, self._in_flight = self._in_flight, None
-        if protocol is not None and next(protocol, self) is None:
-            self._in_flight = protocol
+    def _submit(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        self._work, self._then = self._thread.submit(work), then
 
-    def _protocol(self, manifest: Manifest, *, copied: bool) -> Iterator[None]:
-        """One save; it yields while threads are at work."""
-        world, checkpoints, files = self._world, self._checkpoints, self._engine.checkpoint_engine.files
-        name = step_name(manifest.step)
-        temporary = Path(world.broadcast(str(checkpoints / f"{name}.tmp-{os.getpid()}")))
-        files.begin(self._room_bytes() if copied else 0.0)
-        if world.is_main:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-        world.barrier()  # no rank makes copies before all have seen how much memory is free
-        self._engine._copy_recovery_script = lambda folder: leave_script(Path(folder), manifest)
-        self._engine.save_checkpoint(
-            str(checkpoints), tag=temporary.name, client_state=client_state(manifest), save_latest=False
-        )
-        written = yield from self._in_thread(files.write)
+    def _gather_and_publish(
+        self, manifest: Manifest, temporary: Path, written: dict[str, dict[str, Any]], copied: bool
+    ) -> None:
+        """Every rank has written its files (path -> size and hash): the main process's thread does the rest."""
         root = os.path.abspath(temporary)
-        mine = {os.path.relpath(path, root): facts for path, facts in written.items()}
-        whole: dict[str, dict[str, Any]] = {}
-        uncopied_bytes = 0
-        for part, found_bytes in world.gather((mine, files.uncopied_bytes)):
-            whole.update(part)
-            uncopied_bytes = max(uncopied_bytes, found_bytes)
-        if copied and uncopied_bytes and not self._said:
-            self._said = True
+        relative = {os.path.relpath(path, root): entry for path, entry in written.items()}
+        parts = self._world.gather((relative, self._files.uncopied_bytes))
+        files = {name: entry for part, _ in parts for name, entry in part.items()}
+        uncopied_bytes = max(size for _, size in parts)
+        if copied and uncopied_bytes and not self._warned:
+            self._warned = True
             self._log.line(
                 f"training waits while checkpoints are written: for {uncopied_bytes / 1e9:.2g} GB of a rank's state "
                 "there is no room in host memory"
             )
 
-        def publish() -> None:  # every rank has reported, so every file is on the disk
-            replace(manifest, files=whole).write(temporary)
+        def publish() -> None:
+            replace(manifest, files=files).write(temporary)
             fsync_directory(temporary)
-            destination = checkpoints / name
+            destination = self._checkpoints / step_name(manifest.step)
             if destination.exists():  # left by a kill between two of these lines in an earlier attempt
                 set_aside(destination)
             os.replace(temporary, destination)
-            fsync_directory(checkpoints)
-            settle(checkpoints, manifest.step, self._keep)
+            fsync_directory(self._checkpoints)
+            settle(self._checkpoints, manifest.step, self._keep)
 
-        yield from self._in_thread(publish if world.is_main else lambda: None)
-        self._log.event("checkpoint", step=manifest.step, waited_s=round(self._waited_s, 3))
+        def log_it(_: None) -> None:
+            self._log.event("checkpoint", step=manifest.step, waited_s=round(self._waited_s, 3))
 
-    def _in_thread(self, work: Callable[[], T]) -> Generator[None, None, T]:
-        self._work = work_there = self._thread.submit(work)
-        yield
-        return self._world.run_on_all_ranks(work_there.result)
+        self._submit(publish if self._world.is_main else lambda: None, log_it)
 
     def _room_bytes(self) -> float:
         """Host memory that the copies of this rank may take."""
-        free = available_memory_bytes() + self._ranks_here * self._engine.checkpoint_engine.files.spare_bytes
+        free = float(available_memory_bytes())
         if self._world.device.type == "cuda":  # what torch has kept page-locked since the save before
             import torch
 
-            held = torch.cuda.host_memory_stats()
-            kept = held.get("allocated_bytes.current", 0) - held.get("active_bytes.current", 0)
-            free += self._ranks_here * kept
+            stats = torch.cuda.host_memory_stats()
+            unused = stats.get("allocated_bytes.current", 0) - stats.get("active_bytes.current", 0)
+            free += self._ranks_here * unused
         return HOST_SHARE * free / self._ranks_here
 
 
 def client_state(manifest: Manifest) -> dict[str, Any]:
-    """What is kept beside DeepSpeed's own state: our step, and what its converter to a universal checkpoint asks for
-    (where experts are sharded DeepSpeed says that itself)."""
+    """Our additions to DeepSpeed's state: the step, and a key that its universal converter asks for (where experts are
+    sharded DeepSpeed writes that itself)."""
     from deepspeed.checkpoint import constants as theirs
 
     version = {theirs.UNIVERSAL_CHECKPOINT_VERSION_KEY: theirs.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
@@ -201,8 +186,8 @@ def client_state(manifest: Manifest) -> dict[str, Any]:
 
 
 def leave_script(checkpoints: Path, manifest: Manifest) -> None:
-    """Leave DeepSpeed's ``zero_to_fp32.py`` beside checkpoints that it can read (it joins no sharded experts and
-    knows no base model: `trace-ds convert` reads all), in the place of nothing that is there."""
+    """Leave DeepSpeed's ``zero_to_fp32.py`` beside checkpoints that it can read: it joins no sharded experts and knows
+    no base model."""
     from deepspeed.utils import zero_to_fp32
 
     script = Path(zero_to_fp32.__file__)
@@ -214,16 +199,8 @@ def leave_script(checkpoints: Path, manifest: Manifest) -> None:
 def settle(checkpoints: Path, step: int, keep: int) -> None:
     """Steps 6 and 7 for a checkpoint that is there: after the rename, or later when a kill fell in between."""
     point_latest(checkpoints, step)
-    prune(checkpoints, keep)
-
-
-def prune(checkpoints: Path, keep: int) -> list[int]:
-    """Delete old checkpoints; returns the steps deleted. The newest two always stay."""
-    steps, _ = complete_steps(checkpoints)
-    doomed = steps[: -max(keep, 2)]
-    for step in doomed:
-        discard(checkpoints / step_name(step))
-    return doomed
+    for old in complete_steps(checkpoints)[0][: -max(keep, 2)]:
+        discard(checkpoints / step_name(old))
 
 
 def discard(path: Path) -> None:
@@ -259,12 +236,11 @@ def discard_all(checkpoints: Path) -> None:
 def choose(
     world: World, checkpoints: Path, job: str, resume: str, section: str = "unlearning"
 ) -> tuple[Manifest | None, list[str]]:
-    """The checkpoint to resume from (None: start at step 0) and loud lines about damaged ones (collective).
+    """Choose the checkpoint to resume from (None: start at step 0); and warnings about damaged ones (collective).
 
-    Every file of the newest complete checkpoint is hashed, and its shards are looked through for what would not be
-    loaded, the ranks sharing the work; a damaged one is named and the next older one is tried. What could not be read
-    is set aside, never deleted. When nothing could be read, nothing is touched: a job that has saved something does
-    not start over by itself.
+    Every file of the newest complete checkpoint is hashed and its shards are read, the ranks sharing the work. What is
+    damaged is named, set aside and never deleted, and the next older one is tried. When none could be read, nothing is
+    touched: a job that has saved something does not start over by itself.
 
     Args:
         job: identity of this job; a checkpoint of another job is refused.
@@ -276,7 +252,7 @@ def choose(
             discard_all(checkpoints)
         return None, []
     steps, problems = world.broadcast(complete_steps(checkpoints) if world.is_main else ([], []))
-    chosen = next(_undamaged(world, checkpoints, steps, problems), None)
+    chosen = _newest_undamaged(world, checkpoints, steps, problems)
     unreadable = list(problems)
     problems += world.broadcast(wrong_latest(checkpoints, steps) if world.is_main else [])
     if chosen is not None and chosen.job != job and resume == "replace":
@@ -299,42 +275,44 @@ def _set_newer_aside(checkpoints: Path, step: int) -> list[str]:
 def _check_job(
     checkpoints: Path, chosen: Manifest | None, job: str, resume: str, unreadable: list[str], section: str
 ) -> None:
-    if chosen is None and unreadable and resume != "required":
+    start_over = f"start over with --set {section}.resume=never"
+    if chosen is None and resume == "required":
+        reason = f" ({unreadable[0]})" if unreadable else ""
+        problem = f"there is no complete checkpoint to resume from{reason}"
+        raise UserError(problem, str(checkpoints), f"use {section}.resume: auto")
+    if chosen is None and unreadable:
         more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise UserError(
             f"no checkpoint here can be read, and a job that has saved something does not start over by itself "
             f"({unreadable[0].split('. Fix:')[0]}{more})",
             str(checkpoints),
-            f"restore the files, or delete these checkpoints and start over with --set {section}.resume=never",
-        )
-    if chosen is None and resume == "required":
-        found = f" ({unreadable[0]})" if unreadable else ""
-        raise UserError(
-            f"there is no complete checkpoint to resume from{found}", str(checkpoints), f"use {section}.resume: auto"
+            f"restore the files, or delete these checkpoints and {start_over}",
         )
     if chosen is not None and chosen.job != job:
+        problem = "this checkpoint belongs to another job (its model, data, calibration, seed or settings differ)"
         raise UserError(
-            "this checkpoint belongs to another job (its model, data, calibration, seed or settings differ)",
-            str(checkpoints / step_name(chosen.step)),
-            f"choose another --run-dir, or start over with --set {section}.resume=never",
+            problem, str(checkpoints / step_name(chosen.step)), f"choose another --run-dir, or {start_over}"
         )
 
 
-def _undamaged(world: World, checkpoints: Path, steps: list[int], problems: list[str]) -> Iterator[Manifest]:
-    """Those of the complete ``steps`` in which nothing is damaged, the newest first (collective); the newer ones, of
-    which ``problems`` gets a line each, are taken off ``steps``."""
+def _newest_undamaged(
+    world: World, checkpoints: Path, steps: list[int], problems: list[str], job: str = ""
+) -> Manifest | None:
+    """The newest of the complete ``steps`` in which nothing is damaged, of this job if one is given (collective); newer
+    ones are taken off ``steps``, and ``problems`` gets a line for each that is damaged."""
     while steps:
         directory = checkpoints / step_name(steps[-1])
         manifest = world.run_on_main_and_broadcast(functools.partial(read_manifest, directory))
         damage = [line for line in world.gather(_damage(directory, manifest, world)) if line]
         problems += damage[:1]
-        if not damage:
-            yield manifest
+        if not damage and job in ("", manifest.job):
+            return manifest
         steps.pop()
+    return None
 
 
 def _damage(directory: Path, manifest: Manifest, world: World) -> str:
-    """What is wrong with this rank's share of the files (empty: nothing)."""
+    """The damage in this rank's share of the files, in one line (empty: none)."""
     from trace_ds.checkpoints import serialization
 
     try:
@@ -354,13 +332,13 @@ def load_newest(
     checkpoints: Path,
     chosen: Manifest,
     load_one: Callable[[Manifest], None],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     section: str = "unlearning",
 ) -> Manifest:
     """Load ``chosen``, or else the newest older checkpoint that can be loaded, into the engine (collective).
 
     ``load_one`` loads a verified one, on every rank. All learn that one of them could not, so none waits for it; each
-    failure is told before the next try. Returns the manifest of the one that was loaded.
+    failure is logged before the next try. Returns the manifest of the one that was loaded.
 
     Raises:
         JobFailed: none could be loaded.
@@ -371,12 +349,12 @@ def load_newest(
         if not problem:
             newer = _set_newer_aside(checkpoints, manifest.step) if manifest is not chosen and world.is_main else []
             for line in world.broadcast(newer):
-                tell(f"WARNING {line}")
+                log(f"WARNING {line}")
             return manifest
-        tell(f"WARNING {checkpoints / step_name(manifest.step)} could not be loaded: {problem}")
-        complete = world.broadcast(complete_steps(checkpoints)[0] if world.is_main else [])
-        older = _undamaged(world, checkpoints, [step for step in complete if step < manifest.step], [])
-        manifest = next((found for found in older if found.job == chosen.job), None)
+        log(f"WARNING {checkpoints / step_name(manifest.step)} could not be loaded: {problem}")
+        steps = world.broadcast(complete_steps(checkpoints)[0] if world.is_main else [])
+        older = [step for step in steps if step < manifest.step]
+        manifest = _newest_undamaged(world, checkpoints, older, [], chosen.job)
     raise JobFailed(
         f"no checkpoint in {checkpoints} could be loaded (the reasons are above); "
         f"start over with --set {section}.resume=never"
@@ -384,7 +362,7 @@ def load_newest(
 
 
 def _failure(load_one: Callable[[Manifest], None], manifest: Manifest) -> str:
-    """What kept this rank from loading (empty: nothing did)."""
+    """The error that kept this rank from loading (empty: none)."""
     try:
         load_one(manifest)
     except Exception as error:  # DeepSpeed raises anything on a state that is not what it expects

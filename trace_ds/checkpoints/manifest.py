@@ -69,10 +69,10 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise UserError("there is no manifest: the checkpoint is incomplete", str(directory), "use another step")
     raw = read_object(path, "the manifest", "use another step")
-    if (found := raw.pop("format", None)) != FORMAT:
-        what = f"the manifest is of format {str(found)[:20]}, and this version of trace_ds reads {FORMAT}"
+    if (version := raw.pop("format", None)) != FORMAT:
+        problem = f"the manifest is of format {str(version)[:20]}, and this version of trace_ds reads {FORMAT}"
         fix = "go on with the version that wrote it (`versions` in the manifest), or use another step"
-        raise UserError(what, str(path), fix)
+        raise UserError(problem, str(path), fix)
     try:
         kinds = {**dict.fromkeys(("step", "world", "ep", "zero_stage"), int), **dict.fromkeys(_TEXTS, str)}
         kinds |= {"layers": int} if raw.get("layers") is not None else {}  # older manifests are without
@@ -126,8 +126,8 @@ def wrong_latest(checkpoints: Path, steps: list[int]) -> list[str]:
         return []
     named = pointed(pointer)
     match = STEP.fullmatch(named)
-    known = match is not None and int(match[1]) in steps
-    return [] if known else [f"{pointer}: names {named!r}, which is not a complete checkpoint"]
+    is_complete = match is not None and int(match[1]) in steps
+    return [] if is_complete else [f"{pointer}: names {named!r}, which is not a complete checkpoint"]
 
 
 def point_latest(checkpoints: Path, step: int) -> None:

@@ -1,15 +1,14 @@
 """How DeepSpeed reads and writes shard files in our jobs: plain data only, and canonical bytes.
 
-DeepSpeed saves objects of its own classes and loads with ``weights_only=False``, which executes whatever a pickle says;
-how Python pickles an enum differs even between patch releases. We replace its two file operations: what is written is
-tensors, containers, numbers and text, read back at once by the reader that will have to read it; and what is loaded is
-what that reader (:mod:`trace_ds.tensors.torch_archive`) makes of a file: no class in it is imported or called. Since
-equal states pickled before and after a resume differ in which equal strings are one object, states are rebuilt before
-they are written: equal states give equal files, so a resumed job's checkpoints can be compared by hash.
+DeepSpeed saves objects of its own classes and loads with ``weights_only=False``, which executes whatever a pickle says.
+We replace its two file operations: only tensors, containers, numbers and text are written, read back at once by
+:mod:`trace_ds.tensors.torch_archive`, which also loads. Equal states pickled before and after a resume differ in
+which equal strings are one object, so states are rebuilt first: equal states give equal files, and a resumed job's
+checkpoints can be compared by hash.
 
-A file is written at once, or held: pickled as it would be written and its storages copied to host memory, so that
-training may change the state while a thread writes the very same bytes. What torch does in between is private to it
-(``_save`` and ``_open_zipfile_writer`` of ``torch/serialization.py``) and known here only.
+A file is written at once, or held: pickled and its storages copied to host memory, so that training may change the
+state while a thread writes the very same bytes. What torch does in between is private to it (``_save`` and
+``_open_zipfile_writer`` of ``torch/serialization.py``) and known here only.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ OPTIMIZER, LOSS_SCALER = "optimizer_state_dict", "loss_scaler"
 
 
 class ShardFiles:
-    """The file operations of a DeepSpeed engine: what they hold to be written, and what they have written."""
+    """The file operations of a DeepSpeed engine: the files that it holds to be written, and those that it wrote."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -43,16 +42,10 @@ class ShardFiles:
         self._held: list[tuple[str | Path, _Copied]] = []
         self._failed: OSError | None = None
         self._written: dict[str, dict[str, Any]] = {}
-        self._spare: dict[int, list[torch.UntypedStorage]] = {}  # by size: memory in which copies were, for the next
-
-    @property
-    def spare_bytes(self) -> int:
-        """Host memory that is kept for the copies of the next checkpoint: pages in use copy five times as fast."""
-        return sum(size * len(storages) for size, storages in self._spare.items())
 
     def begin(self, room_bytes: float) -> None:
-        """Another checkpoint, whose files are held while copies of their tensors fit into so much host memory, and
-        written at once where they do not."""
+        """Begin a checkpoint: files are held while copies of their tensors fit into so much host memory, and written at
+        once where they do not."""
         self._room_bytes, self.uncopied_bytes = room_bytes, 0
         self._held, self._written, self._failed = [], {}, None
 
@@ -63,7 +56,7 @@ class ShardFiles:
         taken = sum(map(_memory_of_copy, storages.values()))
         if taken < self._room_bytes:
             try:
-                self._held.append((path, _Copied(state, storages, self._spare)))
+                self._held.append((path, _Copied(state, storages)))
                 self._room_bytes -= taken
                 return
             except (RuntimeError, MemoryError):  # there was less than there seemed to be
@@ -72,19 +65,16 @@ class ShardFiles:
         if self._failed is None:
             try:
                 self._written[os.path.abspath(path)] = _write(path, lambda out: torch.save(state, out))
-            except OSError as error:  # the other ranks wait for this one inside DeepSpeed: it is told in `write`
+            except OSError as error:  # the other ranks wait for this one inside DeepSpeed: `write` raises it
                 self._failed = error
 
     def write(self) -> dict[str, dict[str, Any]]:
         """Write what is held (any thread may); path -> {bytes, sha256} of every file of the checkpoint."""
-        self._spare = {}  # what no file has taken goes
         if self._failed is not None:
             raise self._failed
         while self._held:
             path, copied = self._held.pop(0)
             self._written[os.path.abspath(path)] = _write(path, copied.into)
-            for storage in copied.copies:
-                self._spare.setdefault(storage.nbytes(), []).append(storage)
         return self._written
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
@@ -115,8 +105,7 @@ class _Copied:
     torch itself copies what is on a device (into page-locked memory, which it keeps for the next time).
     """
 
-    def __init__(self, state: Any, storages: dict[int, Any], spare: dict[int, list[torch.UntypedStorage]]) -> None:
-        self._spare, self.copies = spare, list[torch.UntypedStorage]()
+    def __init__(self, state: Any, storages: dict[int, torch.UntypedStorage]) -> None:
         self._live = {place for place, storage in storages.items() if storage.device.type == "cpu"}
         self._records: list[tuple[str, Any, int]] = []
         with torch_saving.patch("save.use_pinned_memory_for_d2h", True):  # type: ignore[attr-defined]
@@ -124,9 +113,7 @@ class _Copied:
 
     def write_record(self, name: str, data: Any, size: int) -> None:
         if isinstance(data, torch.UntypedStorage) and data.data_ptr() in self._live:
-            spare = self._spare.get(size)
-            data = (spare.pop() if spare else torch.UntypedStorage(size)).copy_(data)
-            self.copies.append(data)
+            data = torch.UntypedStorage(size).copy_(data)
         self._records.append((name, data, size))
 
     def into(self, out: Any) -> None:
@@ -173,7 +160,7 @@ def load(path: str | Path) -> Any:
 
 
 def check(path: Path) -> Any:
-    """What is in a shard file, its tensors still on disk.
+    """A shard file's plain data, its tensors still on disk.
 
     Raises:
         UserError: the file is damaged, or its pickle asks for what no checkpoint needs.
@@ -211,10 +198,8 @@ def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:
 
 
 def plain(value: Any, strings: dict[str, str]) -> Any:
-    """The same state as plain data: objects become their fields (all but one kind), enums their values.
-
-    Containers are built anew and equal strings are one object (what pickle's memo depends on); tensors are untouched.
-    """
+    """A state as plain data: objects become their fields (all but one kind), enums their values. Containers are built
+    anew and equal strings are one object (what pickle's memo depends on); tensors are untouched."""
     if isinstance(value, enum.Enum):
         return plain(value.value, strings)
     if isinstance(value, str):

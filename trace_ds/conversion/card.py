@@ -19,6 +19,7 @@ from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import hub_name, snapshot_name
 from trace_ds.tensors.checkpoint import origin
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
+from trace_ds.tensors.torch_archive import WORDS
 
 COMPANIONS = (
     "generation_config.json",
@@ -39,7 +40,6 @@ LIMITS = (
     "Knowledge close to a forget set may have been lost with it; compare with the base model.",
     "The base model's licence and limits apply to this model too.",
 )
-DTYPE_CONFIG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def companions(model: Path) -> list[Path]:
@@ -48,21 +48,21 @@ def companions(model: Path) -> list[Path]:
     Raises:
         UserError: one is a link that leaves the directory (and, in the hub's cache, the model's blobs).
     """
-    found = [model / name for name in (CONFIG_NAME, *COMPANIONS) if (model / name).is_file()]
+    paths = [model / name for name in (CONFIG_NAME, *COMPANIONS) if (model / name).is_file()]
     directory = model.resolve()
     places = [directory, *([directory.parents[1] / "blobs"] if snapshot_name(directory) else [])]
-    for path in found:
+    for path in paths:
         if not any(path.resolve().is_relative_to(place.resolve()) for place in places):
-            what = f"{path.name} is a link that leaves the model's directory, to {path.resolve()}"
-            raise UserError(what, str(path), "put the file itself there")
-    return found
+            problem = f"{path.name} is a link that leaves the model's directory, to {path.resolve()}"
+            raise UserError(problem, str(path), "put the file itself there")
+    return paths
 
 
 def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
     """``config.json`` with the new type, generation configuration and tokenizer of the base model."""
     config = read_model_config(base_model)
-    if dtype in DTYPE_CONFIG:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_CONFIG[dtype]
+    if dtype in WORDS:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(WORDS[dtype]).removeprefix("torch.")
     # quantization_config: what is written here is never quantised; auto_map: code of the base model, which stays there.
     for key in ("_name_or_path", "quantization_config", "auto_map"):
         config.pop(key, None)

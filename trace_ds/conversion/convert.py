@@ -2,7 +2,9 @@
 
 Memory does not depend on the model: blocks of a few megabytes for each job, plus the list of tensors. The fp32 master
 weights of the optimizer are the source of truth; cast to the training type they are the engine's parameters bit for
-bit, because DeepSpeed makes those by the same rounding after every step.
+bit, because DeepSpeed makes those by the same rounding after every step. Shapes and types decide where every tensor
+lies, so the headers are written first and any thread can put any tensor in its place. Shards are filled as
+``huggingface_hub`` does; file names and index are those of ``save_pretrained``.
 """
 
 from __future__ import annotations
@@ -10,19 +12,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import itertools
+import json
 import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trace_ds.conversion.card import card_of_conversion, companions, copy_companions
-from trace_ds.conversion.safetensors_target import parse_size, place
 from trace_ds.errors import UserError
 from trace_ds.run.files import (
     commit_directory,
@@ -36,9 +40,9 @@ from trace_ds.run.files import (
 )
 from trace_ds.run.foreign import file_entries
 from trace_ds.run.hub_names import snapshot_name
+from trace_ds.run.log import StageLog, byte_progress
 from trace_ds.run.ours import MANIFEST, MODEL, require_apart, require_directory
-from trace_ds.tensors.checkpoint import Checkpoint
-from trace_ds.tensors.dtypes import WORDS
+from trace_ds.tensors.checkpoint import Checkpoint, origin
 from trace_ds.tensors.layouts import (
     ModelLayout,
     disk_to_fused,
@@ -47,24 +51,26 @@ from trace_ds.tensors.layouts import (
     missing_and_unexpected,
     read_layout,
 )
-from trace_ds.tensors.model_files import model_fingerprint, read_json_object
-from trace_ds.tensors.model_kinds import refuse_other_kinds
+from trace_ds.tensors.model_files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    model_fingerprint,
+    read_json_object,
+    refuse_other_kinds,
+)
 from trace_ds.tensors.opening import ANOTHER, REPORT, family_of, open_model, open_source
 from trace_ds.tensors.runs import TensorSource
 from trace_ds.tensors.stream import CopyTask, FileHasher, Progress, naming_full_disk, run_tasks
-from trace_ds.tensors.torch_archive import check_checksums
+from trace_ds.tensors.torch_archive import DTYPE_NAMES, WORDS, check_checksums
+from trace_ds.terminal import size
 
 FORMAT = 1
-DTYPE_WORDS = {
-    **{word: word for word in (*WORDS, "same")},
-    **{str(dtype).removeprefix("torch."): word for word, dtype in WORDS.items()},
-    "half": "fp16",
-}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do, decided from metadata alone."""
+    """A conversion, planned from metadata alone."""
 
     checkpoint: Checkpoint
     layout: ModelLayout
@@ -82,7 +88,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of a conversion.
+    """The options of a conversion.
 
     Attributes:
         tag: name of the step below the source; default: what ``latest`` says.
@@ -131,16 +137,19 @@ def convert_checkpoint(
             is left at ``destination`` then.
     """
     destination = Path(os.path.realpath(destination))
-    asked = Options(**options)
-    checkpoint, plan = check_conversion(source, destination, asked)
+    request = Options(**options)
+    plan = check_conversion(source, destination, request)
     if verify:
-        verify_source(checkpoint)
+        verify_source(plan.checkpoint)
     remove_abandoned(destination)
-    with _new_directory(destination, asked.overwrite) as work:
-        report = {"format": FORMAT, "source": source_facts(checkpoint), "max_shard_size": asked.max_shard_size}
-        tasks = lay_out(plan, work, asked.max_shard_size)
+    with _new_directory(destination, request.overwrite) as work:
+        report = {"format": FORMAT, "source": source_facts(plan.checkpoint), "max_shard_size": request.max_shard_size}
+        tensors = fused_to_hub(plan.layout, plan.fused)
+        dtypes = {name: plan.dtype_of(name, tensor) for name, tensor in tensors.items()}
+        tasks = place(tensors, dtypes, parse_size(request.max_shard_size), work)
+        copy_companions(plan.base_model, work, plan.dtype)
         hasher = FileHasher()
-        report |= run_tasks(tasks, work, asked.jobs, progress, hasher)
+        report |= run_tasks(tasks, work, request.jobs, progress, hasher)
         hashes = sorted(hasher.finish().items())
         report["files"] = {path.name: {"bytes": path.stat().st_size, "sha256": hashed} for path, hashed in hashes}
         report |= {"dtype": plan.dtype, "parameters": sum(task.source.numel for task in tasks), "notes": plan.notes}
@@ -153,34 +162,52 @@ def convert_checkpoint(
     return report
 
 
-def check_conversion(source: Path, destination: Path, asked: Options) -> tuple[Checkpoint, Plan]:
-    """Everything that can be found wrong before a weight is read; writes nothing.
+def check_conversion(source: Path, destination: Path, request: Options) -> Plan:
+    """Check everything that can be found wrong before a weight is read; writes nothing.
 
     Errors are those of :func:`convert_checkpoint`.
     """
-    dtype, jobs, base_model = asked.dtype, asked.jobs, asked.base_model
-    if DTYPE_WORDS.get(dtype) is None:
-        raise UserError(f"there is no type {dtype!r}", "--dtype", "use bf16, fp16, fp32 or same")
-    if jobs < 1:
-        raise UserError(f"jobs is {jobs}", "--jobs", "use 1 or more")
-    parse_size(asked.max_shard_size)
-    check_destination(destination, asked.overwrite)
-    checkpoint = open_source(Path(source), asked.tag)
-    read = {"SOURCE": checkpoint.path} | ({"--base-model": base_model} if base_model is not None else {})
+    if request.dtype not in (*WORDS, "same"):
+        raise UserError(f"there is no type {request.dtype!r}", "--dtype", "use bf16, fp16, fp32 or same")
+    if request.jobs < 1:
+        raise UserError(f"jobs is {request.jobs}", "--jobs", "use 1 or more")
+    parse_size(request.max_shard_size)
+    check_destination(destination, request.overwrite)
+    checkpoint = open_source(Path(source), request.tag)
+    read = {"SOURCE": checkpoint.path} | ({"--base-model": request.base_model} if request.base_model else {})
     require_apart([destination], read)
-    return checkpoint, make_plan(checkpoint, DTYPE_WORDS[dtype], base_model)
+    return make_plan(checkpoint, request.dtype, request.base_model)
 
 
-def preview(source: Path, destination: Path, *, verify: bool = False, **options: Any) -> dict[str, Any]:
-    """What :func:`convert_checkpoint` would write, from metadata alone: source, parameters, bytes, notes.
+def convert_command(source: Path, destination: Path, *, dry_run: bool = False, **options: Any) -> int:
+    """``trace-ds convert SOURCE DESTINATION``: convert, and show the progress; exit status 0.
 
-    Arguments and errors are those of :func:`convert_checkpoint`; ``verify`` changes nothing here.
+    Args:
+        dry_run: check everything that needs no weights, say what would be written, and write nothing.
+        options: and the errors, see :func:`convert_checkpoint`.
     """
-    asked = Options(**options)
-    checkpoint, plan = check_conversion(source, Path(os.path.realpath(destination)), asked)
-    parameters = sum(source.numel for source in plan.fused.values())
-    size = sum(source.numel * plan.dtype_of(name, source).itemsize for name, source in plan.fused.items())
-    return {"source": source_facts(checkpoint), "notes": plan.notes, "parameters": parameters, "bytes": size}
+    if dry_run:
+        options.pop("verify", None)
+        plan = check_conversion(source, Path(os.path.realpath(destination)), Options(**options))
+        for note in plan.notes:
+            print(f"note: {note}")
+        parameters = sum(tensor.numel for tensor in plan.fused.values())
+        nbytes = sum(tensor.numel * plan.dtype_of(name, tensor).itemsize for name, tensor in plan.fused.items())
+        print(f"would write {destination}: {parameters:,} parameters, {size(nbytes)}, "
+              f"from {origin(plan.checkpoint.summary())}")  # fmt: skip
+        return 0
+    log = StageLog("convert", None, None)
+    log.enabled = True  # of no run: the terminal's alone
+    report = convert_checkpoint(source, destination, progress=byte_progress(log), **options)
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    for note in report["notes"]:
+        print(f"note: {note}")
+    print(
+        f"{destination}: {report['parameters']:,} parameters in {report['tensors']} tensors, "
+        f"{size(report['bytes'])}, from {origin(report['source'])}{', verified' if 'verified' in report else ''}"
+    )
+    return 0
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
@@ -191,9 +218,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         require_directory(destination, MODEL)
     elif destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise _not_empty(destination)
-    parent = destination.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = next(folder for folder in destination.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError("the destination cannot be written", str(parent), "choose a directory you may write to")
 
@@ -264,16 +289,17 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
     if checkpoint.kind != "huggingface" or (problems and fused):  # an engine's names
         fused = engine_to_fused(layout, tensors)
         problems = missing_and_unexpected(layout.fused, fused)
-    absent, why = {name for name in layout.fused if name not in fused}, ""
+    absent, reason = {name for name in layout.fused if name not in fused}, ""
     if checkpoint.decoder_layers is not None:
         absent = layout.above(checkpoint.decoder_layers)
-        why = f"the checkpoint holds the first {checkpoint.decoder_layers} decoder layers"
+        reason = f"the checkpoint holds the first {checkpoint.decoder_layers} decoder layers"
     elif checkpoint.lacks_frozen and checkpoint.manifest is None and fused.keys() <= layout.fused.keys():
-        why = "the checkpoint holds no frozen parameters (exclude_frozen_parameters)"
-    if absent and why:
-        fused = _from_base(checkpoint, layout, directory, absent, why) | fused
+        reason = "the checkpoint holds no frozen parameters (exclude_frozen_parameters)"
+    if absent and reason:
+        note = f"{reason}: {len(absent)} tensors are the base model's, the first: {min(absent)}"
+        fused = _from_base(checkpoint, layout, directory, absent, note) | fused
         problems = missing_and_unexpected(layout.fused, fused)
-        notes.append(f"{why}: {len(absent)} tensors are the base model's, the first: {min(absent)}")
+        notes.append(note)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
@@ -287,7 +313,7 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
 
 
 def _from_base(
-    checkpoint: Checkpoint, layout: ModelLayout, base: Path, names: set[str], why: str
+    checkpoint: Checkpoint, layout: ModelLayout, base: Path, names: set[str], note: str
 ) -> dict[str, TensorSource]:
     """The tensors ``names``, which the checkpoint does not hold, as they are in the model that the job started from.
 
@@ -295,52 +321,84 @@ def _from_base(
         UserError: that model's weights are not at ``base``.
     """
     fix = "give the model that was trained, with its weights, with --base-model"
-    what = f"{why}, so {len(names)} tensors are the base model's, the first: {min(names)}"
     try:
         tensors = open_model(base, layout)
         fingerprint = model_fingerprint(base) if checkpoint.base is not None else None
     except UserError as error:
-        raise UserError(f"{what}. That model cannot be read ({error.what})", str(base), fix) from None
+        raise UserError(f"{note}. That model cannot be read ({error.what})", str(base), fix) from None
     if fingerprint != checkpoint.base:
-        raise UserError(f"{what}. This is another model than the job started from", str(base), fix)
+        raise UserError(f"{note}. This is another model than the job started from", str(base), fix)
     return {name: tensors[name] for name in names}
 
 
 def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
-    """The directory with the model's configuration: given, the source itself, or what the manifest names."""
-    candidate, name = base_model, None
-    if candidate is None:
-        recorded = ((checkpoint.manifest or {}).get("model") or {}).get("path")
-        # Transformers' Trainer saves into a folder below the model.
-        for place in [checkpoint.path] if recorded else [checkpoint.path, checkpoint.path.parent]:
-            if (place / "config.json").is_file():
-                return place
-        if not recorded:
-            raise UserError(
-                "a DeepSpeed checkpoint does not say which model it is of",
-                str(checkpoint.path),
-                "give the model that was trained with --base-model",
-            )
-        candidate = Path(recorded)
-        name = snapshot_name(candidate)
-    if (candidate / "config.json").is_file():
-        return candidate
-    refuse_other_kinds(candidate)
-    what = "there is no config.json here, so this is not the model that was trained"
+    """The directory with the model's configuration: given, the source itself, or the one that the manifest names."""
+    recorded: str = ((checkpoint.manifest or {}).get("model") or {}).get("path") or ""
+    if base_model is None and not recorded:
+        for folder in (checkpoint.path, checkpoint.path.parent):  # Trainer saves into a folder below the model
+            if (folder / "config.json").is_file():
+                return folder
+        problem = "a DeepSpeed checkpoint does not say which model it is of"
+        raise UserError(problem, str(checkpoint.path), "give the model that was trained with --base-model")
+    if base_model is None and (checkpoint.path / "config.json").is_file():
+        return checkpoint.path
+    model = base_model or Path(recorded)
+    if (model / "config.json").is_file():
+        return model
+    refuse_other_kinds(model)
+    problem = "there is no config.json here, so this is not the model that was trained"
     fix = "give the directory of the model that was trained with --base-model"
-    if name:
-        what = f"the model that was trained, {name}, is no longer in this cache of the hub"
-        again = f"hf download {name.id} --revision {name.revision}"
-        fix = f"bring it back (`{again}`) and name its folder with --base-model"
-    raise UserError(what, str(candidate), fix)
+    if base_model is None and (name := snapshot_name(model)):
+        problem = f"the model that was trained, {name}, is no longer in this cache of the hub"
+        fix = f"run `hf download {name.id} --revision {name.revision}` and name its folder with --base-model"
+    raise UserError(problem, str(model), fix)
 
 
-def lay_out(plan: Plan, work: Path, max_shard_size: str) -> list[CopyTask]:
-    """A model directory that is complete but for its weights, which are the tasks, its model card and its report."""
-    tensors = fused_to_hub(plan.layout, plan.fused)
-    dtypes = {name: plan.dtype_of(name, source) for name, source in tensors.items()}
-    tasks = place(tensors, dtypes, parse_size(max_shard_size), work)
-    copy_companions(plan.base_model, work, plan.dtype)
+def parse_size(text: str, where: str = "max_shard_size") -> int:
+    """Bytes of "5GB", "500 MiB" or "1000000"; decimal units as on the hub."""
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
+    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if not size:
+        raise UserError(f"{text!r} is not a size", where, "write it like 5GB or 500MB")
+    return size
+
+
+def place(
+    tensors: Mapping[str, TensorSource], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int, directory: Path
+) -> list[CopyTask]:
+    """Make the shards at their full length (sparse) with their headers, and the index if there are several; returned is
+    what is still to be written into them, in the order of the files."""
+    shards: list[list[CopyTask]] = [[]]
+    filled = 0
+    for name, source in tensors.items():
+        task = CopyTask(source, dtypes[name], directory, 0)
+        if shards[-1] and filled + task.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(task)
+        filled += task.nbytes
+    tasks: list[CopyTask] = []
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard.sort(key=lambda task: -task.dtype.itemsize)  # as the safetensors library: every tensor is aligned
+        ends = list(itertools.accumulate(task.nbytes for task in shard))
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for task, end in zip(shard, ends, strict=True):
+            entry = {"dtype": DTYPE_NAMES[task.dtype], "shape": list(task.source.shape)}
+            entries[task.source.name] = {**entry, "data_offsets": [end - task.nbytes, end]}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        for task, end in zip(shard, ends, strict=True):
+            tasks.append(replace(task, path=directory / file, offset_bytes=start + end - task.nbytes))
+        with naming_full_disk(directory / file), (directory / file).open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            handle.truncate(start + ends[-1])
+    if len(shards) > 1:
+        numel = sum(task.source.numel for task in tasks)
+        metadata = {"total_size": sum(task.nbytes for task in tasks), "total_parameters": numel}
+        weight_map = {task.source.name: task.path.name for task in sorted(tasks, key=lambda task: task.source.name)}
+        write_json(directory / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
     return tasks
 
 
@@ -372,8 +430,7 @@ def verify_archives(directory: Path) -> tuple[int, int]:
 
 
 def verify_source(checkpoint: Checkpoint) -> None:
-    """Compare all of the source's files with its manifest, their own checksums, or what a conversion wrote with its
-    report."""
+    """Compare all of the source's files with its manifest, a conversion's report, or their own checksums."""
     require_files(checkpoint.path, (checkpoint.manifest or {}).get("files", {}), ANOTHER, hashes=True)
     if checkpoint.kind == "huggingface":
         if (checkpoint.path / REPORT).is_file():

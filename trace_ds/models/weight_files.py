@@ -72,7 +72,7 @@ class WeightFiles:
             block = torch.empty(run.numel, dtype=run.storage.dtype)
             read_all(descriptor, bytes_of(block), run.offset_bytes, run.storage.path)
             if self.refuses_nan and block.is_floating_point() and bool(block.isnan().any()):
-                raise UserError(f"the weights {run.storage.record} hold NaN", str(run.storage.path), COPY_AGAIN)
+                raise UserError(f"the weights {run.storage.name} hold NaN", str(run.storage.path), COPY_AGAIN)
             flat[where].copy_(block)
 
     def _parts(self, source: TensorSource, start: int, numel: int) -> Iterator[tuple[slice, int, Run]]:

@@ -89,7 +89,7 @@ def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[
 
 def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
     """Refuse, before training, what the conversion after it would."""
-    from trace_ds.conversion.safetensors_target import parse_size
+    from trace_ds.conversion.convert import parse_size
 
     parse_size(config.conversion.max_shard_size, "conversion.max_shard_size")
 

@@ -24,8 +24,13 @@ from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import pointed
 from trace_ds.tensors.checkpoint import origin
-from trace_ds.tensors.model_files import CONFIG_NAME, ModelFiles, read_json_object, read_model_directory
-from trace_ds.tensors.model_kinds import refuse_other_kinds
+from trace_ds.tensors.model_files import (
+    CONFIG_NAME,
+    ModelFiles,
+    read_json_object,
+    read_model_directory,
+    refuse_other_kinds,
+)
 from trace_ds.tensors.opening import REPORT, locate, open_source
 from trace_ds.tensors.torch_archive import read_archive
 from trace_ds.terminal import size

@@ -22,8 +22,12 @@ from typing import Any
 import torch
 
 from trace_ds.errors import UserError
-from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, MOMENTS, RANK_FILE, Checkpoint
-from trace_ds.tensors.partitions import (
+from trace_ds.tensors.checkpoint import (
+    EXPERT_FILE,
+    MODEL_FILE,
+    MOMENTS,
+    RANK_FILE,
+    Checkpoint,
     Pieces,
     autoep_layers,
     check_adam_step,
@@ -45,16 +49,12 @@ def open_deepspeed(directory: Path) -> Checkpoint:
     names = sorted(entry.name for entry in directory.iterdir())
     ranked: dict[str, dict[int, str]] = {"model": {}, "optim": {}}
     for name in names:
-        match = RANK_FILE.match(name)
-        if match:
+        if match := RANK_FILE.match(name):
             if int(match[2]):
-                raise UserError(
-                    "tensor- or pipeline-parallel checkpoints are not supported", str(directory / name), "use ep"
-                )
+                problem = "tensor- or pipeline-parallel checkpoints are not supported"
+                raise UserError(problem, str(directory / name), "use ep")
             if int(match[1]) in ranked[match[3]]:
-                raise damaged(
-                    f"rank {match[1]} has two files here: files of different jobs are mixed", directory / name
-                )
+                raise damaged(f"rank {match[1]} has two files: files of different jobs are mixed", directory / name)
             ranked[match[3]][int(match[1])] = name
     if ranked["model"]:
         return _open_zero3(directory, ranked["model"], ranked["optim"])
@@ -72,6 +72,11 @@ def _read_optimizer(path: Path, stages: str, key: str) -> dict[str, Any]:
     return optim
 
 
+def _shapes(groups: list[dict[str, Any]]) -> list[dict[str, tuple[int, ...]]]:
+    """Names and shapes of the parameter groups."""
+    return [{name: plain_shape(shape) for name, shape in group.items()} for group in groups]
+
+
 def _flat(masters: LazyTensor, state: dict[str, Any]) -> tuple[dict[str, LazyTensor], Any]:
     """The flat vectors of a group on a rank, masters and moments, and the optimizer's step (None: it made none)."""
     step = state.get("step")
@@ -84,14 +89,13 @@ class _SharedValues(defaultdict[str, dict[str, Any]]):
 
     def one(self, label: str, directory: Path) -> Any:
         """The common value (None: no file has it); the error names a file of each."""
-        first = next(iter(self[label]), "")
-        for name, value in self[label].items():
-            if value != self[label][first]:
-                raise damaged(
-                    f"{label} {value} here, but {self[label][first]} in {first}: files of different steps are mixed",
-                    directory / name,
-                )
-        return self[label].get(first)
+        values = self[label]
+        first = next(iter(values), "")
+        for name, value in values.items():
+            if value != values[first]:
+                problem = f"{label} {value} here, but {values[first]} in {first}: files of different steps are mixed"
+                raise damaged(problem, directory / name)
+        return values.get(first)
 
 
 def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[int, str]) -> Checkpoint:
@@ -111,11 +115,11 @@ def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[
             values["step"][model_path.name] = int(model["global_steps"])
             values["world size"][model_path.name] = model["dp_world_size"]
             experts = expert_weights(autoep_layers(model, model_path))  # their ep_rank is this rank's
-            groups = [{name: plain_shape(shape) for name, shape in group.items()} for group in model["param_shapes"]]
+            groups = _shapes(model["param_shapes"])
             for name, tensor in (model.get("frozen_param_fragments") or {}).items():
                 shape = plain_shape(model["frozen_param_shapes"][name])
-                held = max(0, min(tensor.numel(), math.prod(shape) - rank * tensor.numel()))
-                pieces.add(name, FROZEN, shape, 0, rank, Run(tensor.storage, tensor.start, held))
+                numel_here = max(0, min(tensor.numel(), math.prod(shape) - rank * tensor.numel()))
+                pieces.add(name, FROZEN, shape, 0, rank, Run(tensor.storage, tensor.start, numel_here))
         optim = _read_optimizer(optim_path, "ZeRO-3", "fp32_flat_groups")
         with reading(optim_path):
             values["world size"][optim_path.name] = optim.get("partition_count", world)
@@ -165,12 +169,12 @@ def _add_group(
     for name, shape in shapes.items():
         numel = math.prod(shape)
         share = -(-numel // parts)
-        held = max(0, min(share, numel - part * share))
+        numel_here = max(0, min(share, numel - part * share))
         ep_rank = experts[name]["ep_rank"] if name in experts else 0
         for key, tensor in flat.items():
             if offset + share > tensor.numel():
                 raise ValueError(f"{name} reaches beyond its group")
-            pieces.add(name, key, shape, ep_rank, part, Run(tensor.storage, tensor.start + offset, held))
+            pieces.add(name, key, shape, ep_rank, part, Run(tensor.storage, tensor.start + offset, numel_here))
         offset += share
 
 
@@ -186,15 +190,12 @@ def _open_replicated(directory: Path, model_file: str, optim_files: dict[int, st
         kind = "zero12" if optim_files else "expert_parallel"
         checkpoint = Checkpoint(directory, kind, tensors, zero_stage=0, files=kept, **facts)
         if not optim_files:
-            if checkpoint.dtype != "fp32":
-                checkpoint.notes.append(
-                    f"ZeRO stage 0 stores fp32 masters without their names: the {checkpoint.dtype} parameters were used"
-                )
+            if (dtype := checkpoint.dtype) != "fp32":
+                note = f"ZeRO stage 0 stores fp32 masters without their names: the {dtype} parameters were used"
+                checkpoint.notes.append(note)
             return checkpoint
         data_first = bool((model.get("ds_config") or {}).get("use_data_before_expert_parallelism", False))
-        groups = [
-            {name: plain_shape(shape) for name, shape in group.items()} for group in model.get("param_shapes") or []
-        ]
+        groups = _shapes(model.get("param_shapes") or [])
     check_ranks(directory, optim_files, checkpoint.world, "optim")
     joined, adam_step = _zero12_masters(directory, optim_files, groups, data_first, checkpoint)
     with reading(model_path):
@@ -203,7 +204,7 @@ def _open_replicated(directory: Path, model_file: str, optim_files: dict[int, st
     _check_masters(masters, tensors, model_path)
     checkpoint.trained = tuple(masters)
     checkpoint.tensors |= masters
-    checkpoint.moments = {key: held for key, held in joined.items() if held}
+    checkpoint.moments = {key: moments for key, moments in joined.items() if moments}
     return checkpoint
 
 
@@ -216,16 +217,12 @@ def _check_masters(masters: dict[str, TensorSource], weights: dict[str, TensorSo
     for name, master in masters.items():
         weight = weights.get(name)
         if weight is None or weight.numel != master.numel:
-            raise damaged(
-                f"the optimizer files have {name} of shape {list(master.shape)}, this file does not", model_path
-            )
+            problem = f"the optimizer files have {name} of shape {list(master.shape)}, this file does not"
+            raise damaged(problem, model_path)
         expected, sample = weight.sample(), master.sample().to(weight.dtype)
         if not torch.equal(sample.nan_to_num(), expected.nan_to_num()):
-            raise damaged(
-                f"the optimizer's fp32 master of {name} is not the weight in this file: the files are of different "
-                "steps, or DeepSpeed laid them out in a way that is not known here",
-                model_path,
-            )
+            problem = f"the optimizer's fp32 master of {name} is not the weight in this file: the files are of "
+            raise damaged(f"{problem}different steps, or laid out in a way that is not known here", model_path)
 
 
 def _expert_files(directory: Path, names: list[str], layers: list[dict[str, Any]]) -> dict[str, TensorSource]:
@@ -235,21 +232,20 @@ def _expert_files(directory: Path, names: list[str], layers: list[dict[str, Any]
         raise UserError("native DeepSpeed-MoE checkpoints are not supported", str(directory), "use AutoEP")
     experts: dict[str, TensorSource] = {}
     for layer in layers:
-        runs: dict[str, list[Run]] = defaultdict(list)
-        shapes: dict[str, tuple[int, ...]] = {}
+        number, prefix = layer["moe_layer_id"], layer["expert_key_prefix"]
+        tensors: dict[str, list[LazyTensor]] = {f"{prefix}.{weight}": [] for weight in ("w1", "w2", "w3")}
         for expert in range(layer["num_experts"]):
-            key = (layer["moe_layer_id"], expert)
-            path = directory / files.get(key, f"layer_{key[0]}_expert_{expert}_mp_rank_00_model_states.pt")
+            default = f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt"
+            path = directory / files.get((number, expert), default)
             state = read_archive(path)
-            for weight in ("w1", "w2", "w3"):
-                name = f"{layer['expert_key_prefix']}.{weight}"
+            for name, parts in tensors.items():
                 tensor = state.get(f"{name}.{expert}") if isinstance(state, dict) else None
                 if not isinstance(tensor, LazyTensor):
                     raise damaged(f"there is no {name}.{expert} in this file", path)
-                runs[name].append(Run(tensor.storage, tensor.start, tensor.numel()))
-                shapes[name] = tensor.shape
-        for name, held in runs.items():
-            experts[name] = make_source(name, (layer["num_experts"], *shapes[name]), held)
+                parts.append(tensor)
+        for name, parts in tensors.items():
+            runs = [Run(part.storage, part.start, part.numel()) for part in parts]
+            experts[name] = make_source(name, (len(parts), *parts[0].shape), runs)
     return experts
 
 

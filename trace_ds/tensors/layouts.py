@@ -1,9 +1,9 @@
 """The three ways a model's tensors are cut and named, and how to go between them without touching data.
 
-* *hub*: what is on the Hugging Face hub, one tensor per expert (``block_sparse_moe.experts.3.w1.weight``).
-* *fused*: what transformers holds in memory and what plain ZeRO-3 saves (``mlp.experts.gate_up_proj``). It is our
-  common ground: every source is brought to it and every target is made from it.
-* *engine*: what DeepSpeed's AutoEP holds (``mlp.experts.w1``, ``w3``: gate and up apart; ``mlp.router.gate``).
+* *hub*: on the Hugging Face hub, one tensor per expert (``block_sparse_moe.experts.3.w1.weight``).
+* *fused*: in transformers' memory and in plain ZeRO-3's files (``mlp.experts.gate_up_proj``). Every source is brought
+  to it and every target is made from it.
+* *engine*: in DeepSpeed's AutoEP (``mlp.experts.w1``, ``w3``: gate and up apart; ``mlp.router.gate``).
 
 Hub ↔ fused is transformers' own weight mapping: the reverse conversion is run once on tensors without data
 (meta device) that remember where their elements come from, and what comes out is read off as a list of
@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,34 +100,27 @@ def read_layout(model_directory: Path) -> ModelLayout:
     """
     config = read_model_config(model_directory)  # refuses what would run code from elsewhere
     shape = {key: value for key, value in config.items() if key not in NO_SHAPE}
-    return _layout(_Described(json.dumps(shape, sort_keys=True), model_directory))
-
-
-@dataclass(frozen=True)
-class _Described:
-    """A model by what its configuration says of its tensors; those of a run are all the same to :func:`_layout`."""
-
-    shape: str
-    directory: Path = field(compare=False)
+    try:
+        return _layout(json.dumps(shape, sort_keys=True))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a value that nobody would write makes of some line in transformers
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = f"transformers cannot build the model that this config.json describes ({reason})"
+        fix = "give the model that was trained with --base-model"
+        raise UserError(problem, str(model_directory / "config.json"), fix) from None
 
 
 @functools.lru_cache(maxsize=2)  # the models of a run have one, unless some other is compared with them
-def _layout(described: _Described) -> ModelLayout:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _layout(shape: str) -> ModelLayout:
+    """The layout by the JSON of a configuration, without what changes no tensor's place."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    model_directory = described.directory
-    try:
-        config = AutoConfig.from_pretrained(model_directory, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a value that nobody would write makes of some line in transformers
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"transformers cannot build the model that this config.json describes ({first_line})",
-            str(model_directory / "config.json"),
-            "give the model that was trained with --base-model",
-        ) from None
+    raw = json.loads(shape)
+    config = CONFIG_MAPPING[raw.pop("model_type", None)].from_dict(raw)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first_name: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -146,18 +139,9 @@ def _layout(described: _Described) -> ModelLayout:
     hub: dict[str, Piece] = {}
     for name, view in revert_weight_conversion(model, dict(tracked)).items():
         whole = owners.get(view.untyped_storage()._cdata)
-        if whole is None:
-            raise UserError(
-                f"transformers computes {name} in a way that is not a rearrangement of one tensor",
-                f"model_type {config.model_type}",
-                FAMILIES,
-            )
-        try:
-            blocks = blocks_of_view(view.shape, view.stride(), view.storage_offset())
-        except ValueError as error:
-            raise UserError(
-                f"{name} cannot be converted ({error})", f"model_type {config.model_type}", FAMILIES
-            ) from None
+        if whole is None or (blocks := blocks_of_view(view.shape, view.stride(), view.storage_offset())) is None:
+            problem = f"transformers computes {name} in a way that is not a rearrangement of one tensor"
+            raise UserError(problem, f"model_type {config.model_type}", FAMILIES)
         hub[name] = Piece(name, whole, tuple(view.shape), tuple(blocks))
     keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -165,15 +149,15 @@ def _layout(described: _Described) -> ModelLayout:
     return ModelLayout(fused, tied, hub, tuple(sorted(keep)), ignored)
 
 
-def blocks_of_view(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> list[Block]:
-    """The contiguous blocks of a strided view: ``inner`` counts in the view, ``outer`` in its storage."""
+def blocks_of_view(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> list[Block] | None:
+    """The contiguous blocks of a strided view (inner: in it, outer: in its storage); None where they are too many."""
     inner_numel = 1
     outer_dims = len(shape)
     while outer_dims and (shape[outer_dims - 1] == 1 or stride[outer_dims - 1] == inner_numel):
         inner_numel *= shape[outer_dims - 1]
         outer_dims -= 1
     if math.prod(shape[:outer_dims]) > MAX_BLOCKS:
-        raise ValueError(f"a view of shape {tuple(shape)} and strides {tuple(stride)} is too scattered")
+        return None
     blocks = []
     for count, index in enumerate(itertools.product(*(range(size) for size in shape[:outer_dims]))):
         start = offset + sum(i * step for i, step in zip(index, stride, strict=False))
@@ -188,8 +172,8 @@ def disk_to_fused(
     fused, that their names are of."""
     problems = missing_and_unexpected({name: piece.shape for name, piece in layout.hub.items()}, tensors)
     if not problems:
-        found = _assembled(layout, [(piece, tensors[piece.name]) for piece in layout.hub.values()])
-        return {name: found[name] for name in layout.fused}, []
+        fused = _assembled(layout, [(piece, tensors[piece.name]) for piece in layout.hub.values()])
+        return {name: fused[name] for name in layout.fused}, []
     if any(name in layout.hub and name not in layout.fused for name in tensors):
         return {}, problems
     return dict(tensors), missing_and_unexpected(layout.fused, tensors)
@@ -197,17 +181,17 @@ def disk_to_fused(
 
 def _assembled(layout: ModelLayout, parts: Iterable[tuple[Piece, TensorSource]]) -> dict[str, TensorSource]:
     """The fused tensors that the pieces are of, from their sources."""
-    held: dict[str, list[tuple[TensorSource, tuple[Block, ...]]]] = {}
+    parts_of: dict[str, list[tuple[TensorSource, tuple[Block, ...]]]] = {}
     for piece, source in parts:
-        held.setdefault(piece.whole, []).append((source, piece.blocks))
-    found = {}
-    for whole, sources in held.items():
+        parts_of.setdefault(piece.whole, []).append((source, piece.blocks))
+    fused = {}
+    for whole, sources in parts_of.items():
         try:
-            found[whole] = assemble(whole, layout.fused[whole], sources)
+            fused[whole] = assemble(whole, layout.fused[whole], sources)
         except ValueError as error:
             names = " … ".join(sources[number][0].name for number in (0, -1))
             raise UserError(f"{whole} cannot be made from {names} ({error})", "checkpoint") from None
-    return found
+    return fused
 
 
 def fused_to_hub(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
@@ -281,7 +265,7 @@ def fused_to_engine(layout: ModelLayout, tensors: Mapping[str, TensorSource]) ->
 
 
 def missing_and_unexpected(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorSource]) -> list[str]:
-    """What does not fit, one line each: missing names, unexpected names, other shapes (empty: all is well)."""
+    """One line for each missing name, unexpected name and other shape."""
     lines = [f"{name} is missing" for name in expected if name not in tensors]
     lines += [f"{name} is not part of the model" for name in tensors if name not in expected]
     lines += [

@@ -1,19 +1,19 @@
-"""What is in a Hugging Face model directory, from ``config.json`` and the safetensors headers alone.
+"""Read a Hugging Face model directory from ``config.json`` and the safetensors headers alone.
 
     files = read_model_directory("/models/Mixtral-8x7B-v0.1")
     files.tensors["lm_head.weight"].shape, files.parameters, files.bytes
 
 No torch, and no weight is read, so a 700 B model takes seconds. Files from elsewhere are hostile until proven
 otherwise: the safetensors library validates every header, shard names may not leave the directory, pickled weights are
-refused, and so is what is no whole model in bf16, fp16 or fp32 (:mod:`trace_ds.tensors.model_kinds`).
+refused, and so are adapters, checkpoints of FSDP, GGUF files and quantised weights.
 
-The safetensors layout (huggingface.co/docs/safetensors): 8 bytes little-endian header length N, N bytes of
-JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` with offsets relative to byte 8 + N, then the
-data.
+A safetensors file (huggingface.co/docs/safetensors) is 8 bytes of little-endian header length N, N bytes of JSON
+``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` with offsets relative to byte 8 + N, then the data.
 """
 
 from __future__ import annotations
 
+import collections
 import copy
 import hashlib
 import itertools
@@ -21,8 +21,7 @@ import json
 import math
 import os
 import re
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,6 @@ from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, once_a_process, sha256_text
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import no_directory
-from trace_ds.tensors.model_kinds import FLOATS, is_packed, quantisation, quantised, refuse_other_kinds
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -43,7 +41,7 @@ FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 1 << 16
 FINGERPRINT_WHOLE_BYTES = 1 << 29  # of the smallest tensors: routers and norms of every model there is
 
-# What a model's configuration may count, by key: from 1 (0 where marked) to far above any model there is.
+# What a model's configuration may count, by key: from 1 (0 for OR_NONE) to far above any model there is.
 LARGEST = {
     "num_hidden_layers": 1 << 10,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1 << 14),
@@ -52,18 +50,19 @@ LARGEST = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "v_head_dim"), 1 << 24),
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), 1 << 28),
 }
-LARGEST_OR_NONE = {
-    **dict.fromkeys(
-        ("n_shared_experts", "first_k_dense_replace", "decoder_sparse_step", "n_group", "topk_group"), 1 << 16
-    ),
-    **dict.fromkeys(("shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 1 << 24),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "sliding_window"), 1 << 28),
-}
+OR_NONE = (
+    *("n_shared_experts", "first_k_dense_replace", "decoder_sparse_step", "n_group", "topk_group"),
+    *("shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"),
+    *("qk_rope_head_dim", "qk_nope_head_dim", "sliding_window"),
+)
+LARGEST |= dict.fromkeys(OR_NONE, 1 << 24)
 # Values of these keys, at any depth, for which transformers has its own code; others name a repository (or stand for
 # one) from which it fetches kernels and runs them.
 BUILT_IN = {"attn": ("eager", "sdpa", "flex_attention"), "experts": ("eager", "grouped_mm", "batched_mm")}
 IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 COPY_AGAIN = "copy or download the model again"
+FLOATS = ("F64", "F32", "F16", "BF16")
+QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")  # transformers, llm-compressor, MLX
 
 
 class TensorEntry(NamedTuple):
@@ -112,15 +111,15 @@ class ModelFiles:
     @property
     def dtypes(self) -> dict[str, int]:
         """Elements by type, most frequent first."""
-        totals: dict[str, int] = {}
+        totals = collections.Counter[str]()
         for entry in self.tensors.values():
-            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.elements
-        return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
+            totals[entry.dtype] += entry.elements
+        return dict(totals.most_common())
 
 
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object of a model's; :class:`UserError` naming the file where there is none."""
-    return read_object(path, what, COPY_AGAIN, infinite=True)
+def read_json_object(path: Path, label: str) -> dict[str, Any]:
+    """Read a model's JSON object, called ``label`` in the :class:`UserError` where there is none."""
+    return read_object(path, label, COPY_AGAIN, infinite=True)
 
 
 def read_model_config(path: str | Path) -> dict[str, Any]:
@@ -133,21 +132,59 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
     directory = Path(path)
     refuse_other_kinds(directory)
     if not directory.is_dir():
-        what = "the model path is a file, not a directory" if directory.is_file() else "there is no model directory"
-        raise no_directory(path, what, "set model.path to a Hugging Face model directory on this machine")
+        problem = "the model path is a file, not a directory" if directory.is_file() else "there is no model directory"
+        raise no_directory(path, problem, "set model.path to a Hugging Face model directory on this machine")
     if not (directory / CONFIG_NAME).is_file():
-        raise UserError(
-            f"the directory has no {CONFIG_NAME}",
-            str(directory),
-            "set model.path to a Hugging Face model directory",
-        )
+        fix = "set model.path to a Hugging Face model directory"
+        raise UserError(f"the directory has no {CONFIG_NAME}", str(directory), fix)
     config = copy.deepcopy(_read_config(directory / CONFIG_NAME))
     if scheme := quantisation(config):
         files = [path for path in directory.glob("*.safetensors") if path.is_file()]
         entries = [entry for file in files for entry in read_safetensors_header(file).values()]
         if not entries or any(len(entry.shape) > 1 and entry.dtype not in FLOATS for entry in entries):
-            raise quantised(directory, scheme)  # else it was dequantised since, as DeepSeek's own script does it
+            raise _quantised(directory, scheme)  # else it was dequantised since, as DeepSeek's own script does it
     return config
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Raise :class:`UserError` where the names of its files show that ``path`` is no model directory."""
+    fsdp = [folder for folder in (path, *path.glob("*_fsdp_*")) if (folder / ".metadata").is_file()]
+    fsdp += path.glob("pytorch_model_fsdp*")
+    if path.suffix == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))):
+        problem = "this is a GGUF model: weights that llama.cpp reads, usually quantised"
+        fix = "use the model it was made from, or load it with from_pretrained(MODEL, gguf_file=FILE) and save that"
+    elif (path / "adapter_config.json").is_file():
+        problem = "this is a PEFT adapter (adapter_config.json), not a whole model"
+        fix = "merge it: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(MODEL)"
+    elif fsdp:
+        problem = f"this is a checkpoint of FSDP (torch.distributed.checkpoint, {fsdp[0].name}), not a whole model"
+        fix = "consolidate it: `accelerate merge-weights CHECKPOINT MODEL`, with config.json and tokenizer beside it"
+    else:
+        return
+    raise UserError(problem, str(path), fix)
+
+
+def quantisation(config: Mapping[str, Any]) -> str:
+    """The quantisation scheme that a model's configuration names; empty: none."""
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key in QUANTISATION_KEYS:
+            if value := part.get(key):
+                settings = value if isinstance(value, dict) else {}
+                return str(settings.get("quant_method") or settings.get("quant_algo") or key)[:40]
+    return ""
+
+
+def _is_packed(name: str, entry: TensorEntry) -> bool:
+    """Whether a tensor holds quantised weights: a matrix of small numbers, or integers where the name says weight."""
+    if entry.dtype in FLOATS or name.endswith(("bias", "mask")):
+        return False
+    is_matrix = len(entry.shape) > 1 and entry.dtype not in ("I64", "I32", "BOOL")
+    return is_matrix or name.endswith(("weight", "_proj", "_packed"))
+
+
+def _quantised(path: Path, scheme: str) -> UserError:
+    fix = "use the model that it was quantised from, or dequantise it with transformers, in bf16, fp16 or fp32"
+    return UserError(f"its weights are quantised ({scheme})", str(path), fix)
 
 
 @once_a_process
@@ -177,16 +214,15 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_key(key: str, value: Any) -> None:
-    if (found := IMPLEMENTATION.fullmatch(key)) and value is not None and value not in BUILT_IN[found[1]]:
-        known = ", ".join(BUILT_IN[found[1]])
-        raise ValueError(f"{key} {value!r} would make transformers run code from elsewhere (its own: {known})")
+    if (match := IMPLEMENTATION.fullmatch(key)) and value is not None and value not in (own := BUILT_IN[match[1]]):
+        raise ValueError(f"{key} {value!r} would make transformers run code from elsewhere (its own: {', '.join(own)})")
     if key == "transformers_weights" and value is not None:
         raise ValueError(f"{key} names other weights ({value!r}) than those that are checked")
     if not isinstance(value, bool | int | float):
         return
-    largest = LARGEST.get(key, LARGEST_OR_NONE.get(key))
-    if largest is not None and (isinstance(value, bool | float) or not int(key in LARGEST) <= value <= largest):
-        raise ValueError(f"{key} is {str(value)[:20]}, no whole number from {int(key in LARGEST)} to {largest:,}")
+    smallest, largest = int(key not in OR_NONE), LARGEST.get(key)
+    if largest is not None and (isinstance(value, bool | float) or not smallest <= value <= largest):
+        raise ValueError(f"{key} is {str(value)[:20]}, no whole number from {smallest} to {largest:,}")
     if abs(value) > 1 << 63 and math.isfinite(value):
         raise ValueError(f"{key[:40]} is {str(value)[:20]}, beyond 64 bits")
 
@@ -206,8 +242,12 @@ def read_model_directory(path: str | Path) -> ModelFiles:
         files = tuple(sorted(set(placed.values())))
     elif (directory / SINGLE_NAME).is_file():
         placed, files = {}, (SINGLE_NAME,)
+    elif pickled := sorted([*directory.glob("pytorch_model*.bin"), *directory.glob("*.pth")]):
+        problem = f"the model has pickled weights only ({pickled[0].name}), which are never loaded"
+        fix = "get the safetensors version, or save it again with safe_serialization=True"
+        raise UserError(problem, str(directory), fix)
     else:
-        raise _no_weights(directory)
+        raise UserError(f"the directory has no weights ({SINGLE_NAME} or {INDEX_NAME})", str(directory), COPY_AGAIN)
     missing = [name for name in files if not (directory / name).is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more of {len(files)})" if len(missing) > 1 else f" (1 of {len(files)})"
@@ -216,18 +256,15 @@ def read_model_directory(path: str | Path) -> ModelFiles:
     for name in files:
         for tensor, entry in read_safetensors_header(directory / name).items():
             if tensor in tensors:
-                raise UserError(
-                    f"tensor {tensor} is in two shards, {tensors[tensor].file} and {name}",
-                    str(directory),
-                    COPY_AGAIN,
-                )
+                problem = f"tensor {tensor} is in two shards, {tensors[tensor].file} and {name}"
+                raise UserError(problem, str(directory), COPY_AGAIN)
             tensors[tensor] = entry
     for tensor, name in placed.items():
         if tensor not in tensors or tensors[tensor].file != name:
             raise UserError(f"the index names tensor {tensor}, which {name} does not hold", str(index_path), COPY_AGAIN)
     for tensor, entry in tensors.items():
-        if is_packed(tensor, entry.dtype, entry.shape):
-            raise quantised(directory, f"{tensor} is stored as {entry.dtype}")
+        if _is_packed(tensor, entry):
+            raise _quantised(directory, f"{tensor} is stored as {entry.dtype}")
     return ModelFiles(directory, config, dict(sorted(tensors.items())), files)
 
 
@@ -236,37 +273,28 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file.
 
     Raises:
-        UserError: the file is truncated, longer than its header says, or anything that the safetensors library refuses
-            (tensors that overlap or leave holes, sizes that do not fit, unknown types).
+        UserError: the safetensors library refuses it (truncated or too long, tensors that overlap or leave holes, …).
     """
     try:
         with path.open("rb") as handle:
-            size = path.stat().st_size
-            prefix = handle.read(8)
-            start = 8 + (struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0)
-            if len(prefix) < 8 or start > size:
-                # an 8-byte prefix that exceeds the file is either truncation or no safetensors file at all
-                raise UserError(f"the weight file is truncated ({size} bytes)", str(path), COPY_AGAIN)
-            if start > MAX_HEADER_BYTES:
-                raise UserError(f"the header claims {start} bytes: no safetensors file", str(path), COPY_AGAIN)
+            start = 8 + int.from_bytes(handle.read(8), "little")
+            if start > min(MAX_HEADER_BYTES, path.stat().st_size):
+                raise ValueError(f"the header claims {start} bytes; truncated, or no safetensors file")
             header = json.loads(handle.read(start - 8))
-        header.pop("__metadata__", None)
-        end = start + max((value["data_offsets"][1] for value in header.values()), default=0)
-        if size != end:
-            state = "truncated" if size < end else "longer than its header says"
-            raise UserError(f"the weight file is {state} ({size} bytes instead of {end})", str(path), COPY_AGAIN)
         with safe_open(path, framework="np"):
             pass
+        header.pop("__metadata__", None)
         return {
             name: TensorEntry(
-                path.name, value["dtype"], tuple(value["shape"]), *(start + at for at in value["data_offsets"])
+                path.name, entry["dtype"], tuple(entry["shape"]), *(start + n for n in entry["data_offsets"])
             )
-            for name, value in header.items()
+            for name, entry in header.items()
         }
     except OSError as error:
         raise UserError(f"the weight file cannot be read ({error.strerror})", str(path), COPY_AGAIN) from None
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"the header is no safetensors header ({str(error)[:200]})", str(path), COPY_AGAIN) from None
+        problem = f"the weight file is truncated or damaged ({str(error)[:200]})"
+        raise UserError(problem, str(path), COPY_AGAIN) from None
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -280,15 +308,6 @@ def _read_index(path: Path) -> dict[str, str]:
     return placed
 
 
-def _no_weights(directory: Path) -> UserError:
-    pickled = sorted(directory.glob("pytorch_model*.bin")) + sorted(directory.glob("*.pth"))
-    if pickled:
-        what = f"the model has pickled weights only ({pickled[0].name}), which are never loaded"
-        fix = "get the safetensors version, or save it again with safe_serialization=True"
-        return UserError(what, str(directory), fix)
-    return UserError(f"the directory has no weights ({SINGLE_NAME} or {INDEX_NAME})", str(directory), COPY_AGAIN)
-
-
 def model_fingerprint(model: ModelFiles | str | Path) -> str:
     """SHA-256 that tells models apart without reading a hundred gigabytes.
 
@@ -300,26 +319,20 @@ def model_fingerprint(model: ModelFiles | str | Path) -> str:
     config = {key: value for key, value in files.config.items() if key not in ("_name_or_path", "transformers_version")}
     tensors = {name: [entry.dtype, list(entry.shape)] for name, entry in files.tensors.items()}
     blocks = {name: sample_sha256(files.path / name) for name in sorted(files.files)}
-    known = {"config": config, "tensors": tensors, "blocks": blocks, "small": _small_sha256(files)}
-    return sha256_text(canonical_json(known))
+    facts = {"config": config, "tensors": tensors, "blocks": blocks, "small": _small_sha256(files)}
+    return sha256_text(canonical_json(facts))
 
 
 def _small_sha256(files: ModelFiles) -> str:
     """SHA-256 of the smallest tensors, in the order of the files."""
-    small, left = [], FINGERPRINT_WHOLE_BYTES
-    for entry in sorted(files.tensors.values(), key=lambda entry: (entry.end - entry.begin, entry.file, entry.begin)):
-        left -= entry.end - entry.begin
-        if left < 0:
-            break
-        small.append(entry)
+    by_size = sorted(files.tensors.values(), key=lambda entry: (entry.end - entry.begin, entry.file, entry.begin))
+    ends = itertools.accumulate(entry.end - entry.begin for entry in by_size)
+    small = [entry for entry, end in zip(by_size, ends, strict=True) if end <= FINGERPRINT_WHOLE_BYTES]
     digest = hashlib.sha256()
-    for file, entries in itertools.groupby(
-        sorted(small, key=lambda entry: (entry.file, entry.begin)), lambda e: e.file
-    ):
-        with (files.path / file).open("rb") as handle:
-            for entry in entries:
-                handle.seek(entry.begin)
-                digest.update(handle.read(entry.end - entry.begin))
+    for entry in sorted(small, key=lambda entry: (entry.file, entry.begin)):
+        with (files.path / entry.file).open("rb") as handle:
+            handle.seek(entry.begin)
+            digest.update(handle.read(entry.end - entry.begin))
     return digest.hexdigest()
 
 

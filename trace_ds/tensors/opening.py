@@ -11,16 +11,14 @@ from typing import Any
 
 from trace_ds.errors import UserError
 from trace_ds.run.files import require_files
-from trace_ds.run.foreign import file_entries, named_by, pointed, read_object
+from trace_ds.run.foreign import file_entries, named_by, read_object
 from trace_ds.run.ours import MANIFEST
 from trace_ds.tensors.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
 from trace_ds.tensors.deepspeed_source import open_deepspeed
-from trace_ds.tensors.dtypes import DTYPES
 from trace_ds.tensors.layouts import ModelLayout, disk_to_fused
-from trace_ds.tensors.model_files import COPY_AGAIN, read_model_directory
-from trace_ds.tensors.model_kinds import refuse_other_kinds
+from trace_ds.tensors.model_files import COPY_AGAIN, read_model_directory, refuse_other_kinds
 from trace_ds.tensors.runs import Run, TensorSource
-from trace_ds.tensors.torch_archive import Storage
+from trace_ds.tensors.torch_archive import COPY_CHECKPOINT, DTYPES, Storage
 
 REPORT = "conversion.json"
 ANOTHER = "convert another step"
@@ -32,29 +30,29 @@ def locate(path: Path, tag: str | None) -> Path:
         raise UserError("there is no such directory", str(path), "give the directory of a checkpoint or model")
     refuse_other_kinds(path)
     roots = [path, path / "checkpoints"]
-    named = named_by(path, "latest")
-    if tag is None and named is not None and _holds_deepspeed(named):
-        return named  # before config.json: transformers' Trainer puts its checkpoints into the folder of a model
+    tags = sorted(
+        entry.name for root in roots if root.is_dir() for entry in root.iterdir()
+        if entry.is_dir() and _holds_checkpoint(entry)
+    )  # fmt: skip
     if tag is not None:
+        if path.name == tag and _holds_checkpoint(path):
+            return locate(path, None)
         for root in roots:
             if (root / tag).is_dir():
                 return locate(root / tag, None)  # a folder of transformers' Trainer has its own `latest`
-        if path.name == tag and _holds_checkpoint(path):
-            return locate(path, None)
-        raise UserError(f"there is no checkpoint {tag!r} here", str(path), f"use one of {_tags(roots)}")
+        raise UserError(f"there is no checkpoint {tag!r} here", str(path), f"use one of {tags}")
+    named = [step for root in roots if (step := named_by(root, "latest"))]
+    if named and named[0].parent == path and _holds_deepspeed(named[0]):
+        return named[0]  # before config.json: transformers' Trainer puts its checkpoints into the folder of a model
     if _holds_checkpoint(path):
         return path
-    for root in roots:
-        if (latest := root / "latest").is_file():
-            found = named_by(root, latest.name)
-            if found is not None:
-                return found
-            name = pointed(latest)
-            raise UserError(f"latest names {name!r}, which is not there", str(latest), f"use --tag {_tags(roots)}")
+    if named:
+        return named[0]
     raise UserError(
-        "neither a DeepSpeed checkpoint nor a Hugging Face model (no *_model_states.pt, no config.json, no latest)",
+        "neither a DeepSpeed checkpoint nor a Hugging Face model (no *_model_states.pt, no config.json, no latest that "
+        "names a step)",
         str(path),
-        f"give the step's directory, or --tag {_tags(roots)}",
+        f"give the step's directory, or --tag {tags}",
     )
 
 
@@ -64,13 +62,6 @@ def _holds_checkpoint(path: Path) -> bool:
 
 def _holds_deepspeed(path: Path) -> bool:
     return any(RANK_FILE.match(name.name) or MODEL_FILE.match(name.name) for name in path.iterdir())
-
-
-def _tags(roots: list[Path]) -> list[str]:
-    return sorted(
-        entry.name for root in roots if root.is_dir() for entry in root.iterdir()
-        if entry.is_dir() and _holds_checkpoint(entry)
-    )  # fmt: skip
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -100,20 +91,22 @@ def open_source(path: Path, tag: str | None = None) -> Checkpoint:
     if (directory / "config.json").is_file() and not any(directory.glob("*_model_states.pt")):
         checkpoint = open_huggingface(directory)
     elif (directory / "zero").is_dir():
-        what = "a DeepSpeed universal folder, which is for DeepSpeed's own loading"
-        raise UserError(what, str(directory), "convert the checkpoint that it was made from")
+        problem = "a DeepSpeed universal folder, which is for DeepSpeed's own loading"
+        raise UserError(problem, str(directory), "convert the checkpoint that it was made from")
     else:
         checkpoint = open_deepspeed(directory)
     checkpoint.manifest = manifest
-    _take_what_is_said(checkpoint, directory)
+    facts = manifest or {}
+    families = (facts.get("family"), family_of(directory))
+    checkpoint.family = next((family for family in families if isinstance(family, str) and family), None)
+    if checkpoint.kind != "huggingface":
+        layers = facts.get("layers")
+        checkpoint.decoder_layers = layers if type(layers) is int and layers > 0 else None
+        checkpoint.base = (facts.get("model") or {}).get("fingerprint")
     for key in ("step", "world", "ep"):
-        said, found = (manifest or {}).get(key), getattr(checkpoint, key)
-        if said is not None and found is not None and said != found:
-            raise UserError(
-                f"the manifest says {key} {said}, the files say {found}: they are of different checkpoints",
-                str(directory / MANIFEST),
-                "copy the checkpoint again, or convert another step",
-            )
+        if None not in (pair := (facts.get(key), getattr(checkpoint, key))) and pair[0] != pair[1]:
+            problem = f"the manifest says {key} {pair[0]}, the files say {pair[1]}: they are of different checkpoints"
+            raise UserError(problem, str(directory / MANIFEST), COPY_CHECKPOINT)
     return checkpoint
 
 
@@ -125,8 +118,8 @@ def open_huggingface(directory: Path) -> Checkpoint:
     for name, entry in files.tensors.items():
         path = paths[entry.file]
         if entry.dtype not in DTYPES:
-            what = f"{name} is stored as {entry.dtype}, which cannot be converted"
-            raise UserError(what, str(path), "use a model in bf16, fp16 or fp32")
+            problem = f"{name} is stored as {entry.dtype}, which cannot be converted"
+            raise UserError(problem, str(path), "use a model in bf16, fp16 or fp32")
         storage = Storage(path, name, entry.begin, entry.elements, DTYPES[entry.dtype])
         tensors[name] = TensorSource(name, tuple(entry.shape), storage.dtype, (Run(storage, 0, entry.elements),))
     return Checkpoint(directory, "huggingface", tensors, files=list(files.files))
@@ -146,20 +139,9 @@ def open_model(directory: Path, layout: ModelLayout) -> dict[str, TensorSource]:
     }
     fused, problems = disk_to_fused(layout, tensors)
     if problems:
-        what = f"{len(problems)} tensors do not fit the model, the first: {problems[0]}"
-        raise UserError(what, str(directory), COPY_AGAIN)
+        problem = f"{len(problems)} tensors do not fit the model, the first: {problems[0]}"
+        raise UserError(problem, str(directory), COPY_AGAIN)
     return fused
-
-
-def _take_what_is_said(checkpoint: Checkpoint, directory: Path) -> None:
-    """Family and, of a job's state, what part of which model it holds, from the manifest."""
-    manifest = checkpoint.manifest or {}
-    said = (manifest.get("family"), family_of(directory))
-    checkpoint.family = next((family for family in said if isinstance(family, str) and family), None)
-    if checkpoint.kind != "huggingface":
-        held = manifest.get("layers")
-        checkpoint.decoder_layers = held if type(held) is int and held > 0 else None
-        checkpoint.base = (manifest.get("model") or {}).get("fingerprint")
 
 
 def family_of(directory: Path) -> str | None:

@@ -64,7 +64,7 @@ class TensorSource:
 
     def slice_runs(self, start: int, numel: int) -> list[Run]:
         """The runs of elements ``start … start + numel``."""
-        found: list[Run] = []
+        runs: list[Run] = []
         first = bisect.bisect_right(self._ends, start)
         for number in range(first, len(self.runs)):
             run = self.runs[number]
@@ -72,8 +72,16 @@ class TensorSource:
             low, high = max(start, position), min(start + numel, position + run.numel)
             if low >= high:
                 break
-            found.append(Run(run.storage, run.start + low - position, high - low))
-        return found
+            runs.append(Run(run.storage, run.start + low - position, high - low))
+        return runs
+
+    def load(self, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor in memory, cast."""
+        elements, position = torch.empty(self.numel, dtype=dtype), 0
+        for run in self.runs:
+            elements[position : position + run.numel] = LazyTensor(run.storage, run.start, (run.numel,)).load()
+            position += run.numel
+        return elements.view(self.shape)
 
     def sample(self) -> torch.Tensor:
         """Its elements, or :data:`SAMPLES` evenly spaced blocks of a large one, read from the files."""

@@ -25,14 +25,16 @@ import torch
 
 from trace_ds.errors import UserError
 from trace_ds.tensors.runs import Run, TensorSource, merge_adjacent, pieces_of
-from trace_ds.tensors.torch_archive import COPY_AGAIN, bytes_of
+from trace_ds.tensors.torch_archive import COPY_CHECKPOINT, bytes_of
 
 BLOCK_NUMEL = 1 << 17  # read and cast, a block lies in the second-level cache of a core
 FLUSH_BYTES = 1 << 27
-TOGETHER_BYTES = 1 << 20
+BATCH_BYTES = 1 << 20
 HASH_BLOCK_BYTES = 1 << 20
+FREE_SPACE = "free space there, or choose another destination"
 KEPT_OPEN = 64  # files beside those in use; a target may have one for every expert, and a process 1024
-Progress = Callable[[int, int], None]
+NAN, OVERFLOW = "holds NaN", "overflows in the target type"
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,12 @@ class CopyTask:
 
     source: TensorSource
     dtype: torch.dtype
-    path: Path = Path()
-    offset_bytes: int = 0
+    path: Path
+    offset_bytes: int
 
     @property
     def nbytes(self) -> int:
         return self.source.numel * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Written:
-    """What became of a task.
-
-    Attributes:
-        nan: the source holds NaN.
-        overflow: finite elements became infinite in the cast.
-    """
-
-    nan: bool
-    overflow: bool
 
 
 class OpenFile:
@@ -81,11 +70,8 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"the destination cannot hold the result ({error.strerror})",
-                str(error.filename or path),
-                "free space there, or choose another destination",
-            ) from None
+            problem = f"the destination cannot hold the result ({error.strerror})"
+            raise UserError(problem, str(error.filename or path), FREE_SPACE) from None
         raise
 
 
@@ -99,7 +85,7 @@ def read_all(descriptor: int, buffer: memoryview, offset: int, path: Path) -> No
     while buffer:
         done = os.preadv(descriptor, [buffer], offset)
         if not done:
-            raise UserError("the file ends inside a tensor (truncated?)", str(path), COPY_AGAIN)
+            raise UserError("the file ends inside a tensor (truncated?)", str(path), COPY_CHECKPOINT)
         buffer, offset = buffer[done:], offset + done
 
 
@@ -148,37 +134,33 @@ class Streamer:
         self._flushes: list[Future[None]] = []
         self._unflushed_bytes = 0
 
-    def run(self, tasks: Sequence[CopyTask], written_to: Callable[[Path, int], None] | None = None) -> list[Written]:
-        """Carry out the tasks; results in their order. The first error stops the others and is raised.
+    def run(self, tasks: Sequence[CopyTask], on_written: Callable[[Path, int], None]) -> list[str]:
+        """Carry out the tasks; of each, in their order, :data:`NAN`, :data:`OVERFLOW` or "". The first error stops the
+        others and is raised.
 
         Args:
-            written_to: called by this thread, in the order of the tasks, with the file and end of each that is done.
+            on_written: called by this thread, in the order of the tasks, with the file and end of each that is done.
         """
+        problems: list[str] = []
         try:
-            written = self._run(tasks, written_to)
+            with ThreadPoolExecutor(self._jobs) as pool:
+                futures = [(batch, pool.submit(self._copy_all, batch)) for batch in _batches(tasks)]
+                try:
+                    for batch, future in futures:
+                        problems += future.result()
+                        for task in batch:
+                            on_written(task.path, task.offset_bytes + task.nbytes)
+                except BaseException:
+                    self._stopped.set()
+                    for _, future in futures:
+                        future.cancel()
+                    raise
             for flush in self._flushes:
                 flush.result()  # a failed write shows here, and only once
-            return written
+            return problems
         finally:
             self._flusher.shutdown(cancel_futures=True)
             self._file.cache_clear()
-
-    def _run(self, tasks: Sequence[CopyTask], written_to: Callable[[Path, int], None] | None) -> list[Written]:
-        written: list[Written] = []
-        with ThreadPoolExecutor(self._jobs) as pool:
-            futures = [(some, pool.submit(self._do_all, some)) for some in together(tasks)]
-            try:
-                for some, future in futures:
-                    written += future.result()
-                    for task in some:
-                        if written_to is not None:
-                            written_to(task.path, task.offset_bytes + task.nbytes)
-            except BaseException:
-                self._stopped.set()
-                for _, future in futures:
-                    future.cancel()
-                raise
-        return written
 
     def _buffer(self, use: str, dtype: torch.dtype) -> torch.Tensor:
         """This thread's own."""
@@ -187,13 +169,13 @@ class Streamer:
             buffers[use, dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
         return buffers[use, dtype]
 
-    def _do_all(self, tasks: Sequence[CopyTask]) -> list[Written]:
-        return [self._do(task) for task in tasks]
+    def _copy_all(self, tasks: Sequence[CopyTask]) -> list[str]:
+        return [self._copy(task) for task in tasks]
 
-    def _do(self, task: CopyTask) -> Written:
+    def _copy(self, task: CopyTask) -> str:
         source = merge_adjacent(task.source)
         staging, result = self._buffer("read", source.dtype), self._buffer("cast", task.dtype)
-        position, nan, overflow = task.offset_bytes, False, False
+        position, problem = task.offset_bytes, ""
         with naming_full_disk(task.path):
             out = self._file(task.path, os.O_RDWR | os.O_CREAT)
             for piece in pieces_of(source.runs, BLOCK_NUMEL):
@@ -201,13 +183,13 @@ class Streamer:
                     break
                 block = self._read(piece, staging)
                 cast = block if source.dtype == task.dtype else result[: len(block)].copy_(block)
-                if cast.dtype.is_floating_point and not nan:
-                    nan, overflow = _not_finite(block, cast, overflow)
+                if cast.dtype.is_floating_point and problem != NAN:
+                    problem = _problem(block, cast) or problem
                 data = bytes_of(cast)
                 write_all(out.descriptor, data, position)
                 position += len(data)
                 self._advance(len(data), task.path)
-        return Written(nan, overflow)
+        return problem
 
     def _read(self, piece: list[Run], staging: torch.Tensor) -> torch.Tensor:
         """The elements of the runs, one after the other, at the beginning of ``staging``."""
@@ -233,37 +215,31 @@ class Streamer:
                 self._progress(self._done_bytes, self._total_bytes)
 
 
-def together(tasks: Sequence[CopyTask]) -> Iterator[Sequence[CopyTask]]:
-    """The tasks in their order, as many at a time as make up :data:`TOGETHER_BYTES`: an expert of a small model is a
-    few kilobytes, and giving one to a thread takes longer than writing it."""
+def _batches(tasks: Sequence[CopyTask]) -> Iterator[Sequence[CopyTask]]:
+    """The tasks in their order, at least :data:`BATCH_BYTES` at a time: an expert of a small model is a few kilobytes,
+    and giving one to a thread takes longer than writing it."""
     begin = nbytes = 0
     for end, task in enumerate(tasks, 1):
         nbytes += task.nbytes
-        if nbytes >= TOGETHER_BYTES or end == len(tasks):
+        if nbytes >= BATCH_BYTES or end == len(tasks):
             yield tasks[begin:end]
             begin, nbytes = end, 0
 
 
-def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tuple[bool, bool]:
-    """(the block holds NaN, finite values became infinite in the cast). One pass over what is written when all is well:
-    a sum is finite only if every element is."""
+def _problem(block: torch.Tensor, cast: torch.Tensor) -> str:
+    """Whether a block holds NaN, or finite values became infinite in the cast. One pass over what is written when all
+    is well: a sum is finite only if every element is."""
     if math.isfinite(float(cast.sum())):
-        return False, overflow
-    low, high = map(float, block.aminmax())  # NaN anywhere makes both NaN
-    if math.isnan(low):
-        return True, overflow
-    if not overflow and cast.dtype != block.dtype and max(-low, high) > torch.finfo(cast.dtype).max:
-        overflow = bool(torch.isinf(cast).any() and not torch.isinf(block).any())
-    return False, overflow
+        return ""
+    if bool(block.isnan().any()):
+        return NAN
+    return OVERFLOW if bool((cast.isinf() & ~block.isinf()).any()) else ""
 
 
 def run_tasks(
-    tasks: list[CopyTask], directory: Path, jobs: int, progress: Progress | None, hasher: FileHasher | None = None
+    tasks: list[CopyTask], directory: Path, jobs: int, progress: Progress | None, hasher: FileHasher
 ) -> dict[str, Any]:
-    """Stream the tasks after checking that the disk can hold them.
-
-    Args:
-        hasher: of the files that they write; the tasks are in the order of the files then.
+    """Stream the tasks, which are in the order of their files, after checking that the disk can hold them.
 
     Returns:
         The report: how many ``tensors``, their ``bytes`` in all, and a line of ``warnings`` for every tensor that is
@@ -272,13 +248,9 @@ def run_tasks(
     total = sum(task.nbytes for task in tasks)
     free = shutil.disk_usage(directory).free
     if total > free:
-        raise UserError(
-            f"the result needs {total} bytes, the destination has {free} free",
-            str(directory.parent),
-            "free space there, or choose another destination",
-        )
-    written = Streamer(jobs, progress, total).run(tasks, hasher.follow if hasher is not None else None)
-    pairs = sorted((task.source.name, result) for task, result in zip(tasks, written, strict=True))
-    nan = [f"{name} holds NaN" for name, result in pairs if result.nan]
-    overflow = [f"{name} overflows in the target type" for name, result in pairs if result.overflow]
-    return {"tensors": len(tasks), "bytes": total, "warnings": nan + overflow}
+        problem = f"the result needs {total} bytes, the destination has {free} free"
+        raise UserError(problem, str(directory.parent), FREE_SPACE)
+    problems = Streamer(jobs, progress, total).run(tasks, hasher.follow)
+    named = sorted(zip((task.source.name for task in tasks), problems, strict=True))
+    warnings = [f"{name} {problem}" for kind in (NAN, OVERFLOW) for name, problem in named if problem == kind]
+    return {"tensors": len(tasks), "bytes": total, "warnings": warnings}

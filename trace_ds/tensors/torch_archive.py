@@ -1,26 +1,20 @@
 """Read ``torch.save`` files without running anything that is in them, and without loading their tensors.
 
 A ``torch.save`` file is a zip archive of stored (never compressed) records: ``data.pkl``, a pickle in which every
-tensor is a reference to a record ``data/N`` that holds the raw bytes. :func:`read_archive` gives plain data: dicts,
-lists, tuples, numbers, strings and :class:`LazyTensor`, which knows file and offset of its bytes, so that
-ranges are read when, and only when, they are needed.
+tensor refers to a record ``data/N`` of raw bytes. :func:`read_archive` gives plain data and :class:`LazyTensor`, which
+knows file and offset of its bytes, so that ranges are read only when they are needed.
 
-The pickle is read by ``torch.load`` with ``weights_only=True``, which imports nothing and calls nothing but what is
-allowed by name: torch's own list, and stand-ins for the few classes in DeepSpeed's files (so that DeepSpeed need not be
-installed). With ``map_location="meta"`` it allocates no tensor and leaves each storage's place in the file. A hostile
-file can exhaust the memory or the stack of the process, but not run code.
-
-Source of the layout: PyTorch, ``torch/serialization.py`` and ``caffe2/serialize/inline_container.h``.
+The pickle is read by ``torch.load(weights_only=True, map_location="meta")``, which allocates no tensor, leaves each
+storage's place in the file, and calls nothing but what is allowed by name: torch's own list, and stand-ins for the few
+classes in DeepSpeed's files. A hostile file can exhaust the process's memory or stack, but not run code.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import pickle
 import re
-import struct
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -31,28 +25,36 @@ from typing import Any
 import torch
 
 from trace_ds.errors import UserError
-from trace_ds.tensors.dtypes import DTYPE_NAMES
 
-LOCAL_HEADER_BYTES = 30
+DTYPE_NAMES = {  # in safetensors files
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+WORDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # in configurations and reports
 MAX_PICKLE_BYTES = 1 << 28
 MAX_DIMENSIONS = 32
 MAX_NUMEL = 1 << 62
-COPY_AGAIN = "copy the checkpoint again from where it was written, or convert another step"
+COPY_CHECKPOINT = "copy the checkpoint again from where it was written, or convert another step"
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A contiguous array in a file: ``numel`` elements of ``dtype`` from ``offset_bytes`` on."""
+    """A contiguous array in a file: ``numel`` elements from ``offset_bytes`` on; ``name`` is for messages."""
 
     path: Path
-    record: str
+    name: str
     offset_bytes: int
     numel: int
     dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class LazyTensor:
             handle.seek(storage.offset_bytes + self.start * storage.dtype.itemsize)
             read = handle.readinto(bytes_of(tensor.reshape(-1)))
         if read != tensor.nbytes:
-            raise UserError(f"the file ends inside {storage.record} (truncated?)", str(storage.path), COPY_AGAIN)
+            raise UserError(f"the file ends inside {storage.name} (truncated?)", str(storage.path), COPY_CHECKPOINT)
         return tensor
 
 
@@ -94,7 +96,7 @@ def scalar(tensor: LazyTensor) -> float:
 
 
 class _Object:
-    """Stands for an object of a class that is not imported; its fields are those that the pickle gives it."""
+    """Stands for an object of a class that is not imported; its fields come from the pickle."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -134,67 +136,46 @@ def _load(path: Path) -> Any:
         ) from None
 
 
-def _records(path: Path) -> dict[int, zipfile.ZipInfo]:
-    """Offset of the data -> the record, after the directory of the archive and its pickle were found undamaged."""
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        with zipfile.ZipFile(handle) as archive:
-            records = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in records if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise zipfile.BadZipFile("no data.pkl in it")
-            if records[pickles[0]].file_size > MAX_PICKLE_BYTES:
-                raise zipfile.BadZipFile(f"its data.pkl is larger than {MAX_PICKLE_BYTES >> 20} MiB")
-            archive.read(pickles[0])  # compares its CRC-32
-            order = pickles[0].replace("data.pkl", "byteorder")
-            if order in records and archive.read(order) != b"little":
-                raise zipfile.BadZipFile("it was written on a big-endian machine")
-        return {_data_offset(handle.fileno(), info, size): info for info in records.values()}
+def _check_records(path: Path) -> None:
+    """Raise where the archive's directory or its pickle is damaged, or its storages are not plain bytes."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        pickles = [record for record in records if record.filename.endswith("/data.pkl")]
+        if len(pickles) != 1 or any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise zipfile.BadZipFile("no file of torch.save")
+        if pickles[0].file_size > MAX_PICKLE_BYTES:
+            raise zipfile.BadZipFile(f"its data.pkl is larger than {MAX_PICKLE_BYTES >> 20} MiB")
+        archive.read(pickles[0])  # compares its CRC-32
+        order = pickles[0].filename.replace("data.pkl", "byteorder")
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise zipfile.BadZipFile("it was written on a big-endian machine")
 
 
-def _data_offset(descriptor: int, info: zipfile.ZipInfo, file_bytes: int) -> int:
-    header = os.pread(descriptor, LOCAL_HEADER_BYTES, info.header_offset)
-    if len(header) < LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04" or info.compress_type != 0:
-        raise zipfile.BadZipFile(f"record {info.filename} is damaged")
-    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-    offset = info.header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-    if offset + info.file_size > file_bytes:
-        raise zipfile.BadZipFile(f"record {info.filename} reaches beyond the end of the file")
-    return offset
-
-
-def _plain(value: Any, path: Path, records: dict[int, zipfile.ZipInfo]) -> Any:
+def _plain(value: Any, path: Path, file_bytes: int) -> Any:
     """Plain data and tensors that know where they lie, from what :func:`_load` made."""
     if isinstance(value, torch.Tensor):
-        return _lazy(value, path, records)
+        return _lazy(value, path, file_bytes)
     if isinstance(value, dict):
-        return {key: _plain(entry, path, records) for key, entry in value.items()}
+        return {key: _plain(entry, path, file_bytes) for key, entry in value.items()}
     if isinstance(value, (list, set)):
-        return [_plain(entry, path, records) for entry in value]
+        return [_plain(entry, path, file_bytes) for entry in value]
     if isinstance(value, tuple):
-        return tuple(_plain(entry, path, records) for entry in value)
+        return tuple(_plain(entry, path, file_bytes) for entry in value)
     if isinstance(value, _Object):
-        return _plain(vars(value), path, records)
+        return _plain(vars(value), path, file_bytes)
     if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
         return value
     raise ValueError(f"a {type(value).__name__}")
 
 
-def _lazy(tensor: torch.Tensor, path: Path, records: dict[int, zipfile.ZipInfo]) -> LazyTensor:
+def _lazy(tensor: torch.Tensor, path: Path, file_bytes: int) -> LazyTensor:
     if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES or not tensor.is_contiguous():
         raise ValueError(f"a tensor of {tensor.dtype}, {tensor.layout}, strides {tensor.stride()}")
     storage, shape, start = tensor.untyped_storage(), tuple(tensor.shape), int(tensor.storage_offset())
-    offset, nbytes = storage._checkpoint_offset, storage.nbytes()
-    info = None if offset is None else records.get(offset)
-    if (
-        offset is None
-        or info is None
-        or info.file_size != nbytes
-        or (start + tensor.numel()) * tensor.dtype.itemsize > nbytes
-    ):
-        raise ValueError("the record of a tensor is missing or has another size than the pickle says")
-    record, numel = info.filename.partition("/")[2], nbytes // tensor.dtype.itemsize
-    return LazyTensor(Storage(path, record, offset, numel, tensor.dtype), start, shape)
+    offset, nbytes, itemsize = storage._checkpoint_offset, storage.nbytes(), tensor.dtype.itemsize
+    if offset is None or offset + nbytes > file_bytes or (start + tensor.numel()) * itemsize > nbytes:
+        raise ValueError("a tensor reaches beyond its storage or the file")
+    return LazyTensor(Storage(path, "a tensor", offset, nbytes // itemsize, tensor.dtype), start, shape)
 
 
 def plain_shape(value: Any) -> tuple[int, ...]:
@@ -207,12 +188,12 @@ def plain_shape(value: Any) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever a file that somebody else, or a broken disk, wrote makes a reader stumble over: one line."""
+    """Turn whatever damaged metadata make a reader raise into one line that names the file."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
-        found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"the metadata in this file are damaged ({found})", str(path), COPY_AGAIN) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"the metadata in this file are damaged ({reason})", str(path), COPY_CHECKPOINT) from None
 
 
 def read_archive(path: Path) -> Any:
@@ -222,15 +203,15 @@ def read_archive(path: Path) -> Any:
         UserError: the file is missing, truncated or damaged, or its pickle asks for a name that is not allowed.
     """
     if not path.is_file():
-        raise UserError("a file of the checkpoint is missing", str(path), COPY_AGAIN)
+        raise UserError("a file of the checkpoint is missing", str(path), COPY_CHECKPOINT)
     try:
-        records = _records(path)
-        return _plain(_load(path), path, records)
+        _check_records(path)
+        return _plain(_load(path), path, path.stat().st_size)
     except UserError:
         raise
     except Exception as error:  # whatever damage, or somebody on purpose, makes zipfile or torch stumble over
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"not a whole torch checkpoint file ({reason})", str(path), COPY_AGAIN) from None
+        raise UserError(f"not a whole torch checkpoint file ({reason})", str(path), COPY_CHECKPOINT) from None
 
 
 def check_checksums(path: Path) -> tuple[int, int]:
@@ -249,7 +230,7 @@ def check_checksums(path: Path) -> tuple[int, int]:
             total, checked = (sum(info.file_size for info in some) for some in (archive.infolist(), summed))
             return checked, total - checked
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        raise UserError(f"the file was altered after it was written ({error})", str(path), COPY_AGAIN) from None
+        raise UserError(f"the file was altered after it was written ({error})", str(path), COPY_CHECKPOINT) from None
 
 
 def exchanged(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
@@ -265,6 +246,6 @@ def exchanged(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 def tensors_of(value: Any) -> list[LazyTensor]:
     """Every tensor in an object that :func:`read_archive` returned."""
-    found: list[LazyTensor] = []
-    exchanged(value, LazyTensor, found.append)
-    return found
+    tensors: list[LazyTensor] = []
+    exchanged(value, LazyTensor, tensors.append)
+    return tensors
