@@ -1,33 +1,15 @@
-"""The tables of published models in ``docs/plan.md``; to make them anew, print what the two functions return."""
+"""The table of clusters in ``docs/plan.md``; to make it anew, print what the function returns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from trace_ds.cluster.architecture import active_parameters, count_parameters, read_architecture
+from trace_ds.cluster.architecture import read_architecture
 from trace_ds.cluster.job import ClusterSpec
 from trace_ds.cluster.plan import RunPlan, plan_model
-from trace_ds.cluster.plan_view import billions, duration, size
 from trace_ds.config.schema import Config
-
-
-def models_markdown(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of parameters of several models (name -> ``config.json``), in Markdown; stored in
-    ``docs/plan.md``.
-    """
-    kinds = ("embedding", "attention", "router", "experts", "shared_experts", "dense_mlp", "norms", "head")
-    lines = [
-        "| model | " + " | ".join(kind.replace("_", " ") for kind in kinds) + " | total | active |",
-        "| --- |" + " ---: |" * (len(kinds) + 2),
-    ]
-    for name, config in configs.items():
-        a = read_architecture(config, name)
-        every = count_parameters(a)
-        cells = [f"{getattr(every, kind):,}" for kind in kinds]
-        total = [f"{every.total:,}", billions(active_parameters(a).total)]
-        lines.append(f"| {name} | " + " | ".join([*cells, *total]) + " |")
-    return "\n".join(lines) + "\n"
+from trace_ds.terminal import duration, size
 
 
 def clusters_markdown(configs: Mapping[str, Mapping[str, Any]], config: Config) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,21 +47,6 @@ def test_expert_parallelism_on_a_gpu_needs_a_c_compiler(
     (tmp_path / "Python.h").unlink()
     fault = missing(list(checks.compiler_checks(config)))[name]
     assert "no C compiler and no " in fault.detail and "apt-get install gcc python3-dev" in fault.fix
-
-
-def test_a_blocked_port_is_named_before_anybody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as holder:
-        holder.bind(("", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
-        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        found = nodes.join_job()
-    assert isinstance(found, Check)
-    assert checks.port_check("no").detail == "MASTER_PORT is 'no'"
-    fault = missing([found])["rendezvous port"]
-    assert f"{port} cannot be bound" in fault.detail and "MASTER_PORT" in fault.fix
 
 
 def lonely_rank(rank: int, port: int, output: str) -> None:

@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -161,20 +160,6 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
         detail = f"{gpu.name}, {gigabytes(gpu.total_memory)}, compute {gpu.major}.{gpu.minor}, driver {driver}"
         fix = "use Ampere or newer, or model.dtype fp32: this one has no bf16"
         yield judged(group, f"GPU {index}", good, f"{detail}, torch {torch.__version__}", fix, "WARN")
-
-
-def port_check(port: str) -> Check:
-    """Whether the job's rendezvous port can be bound."""
-    name, fix = "rendezvous port", "set MASTER_PORT to a free port from 1024 to 65535"
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        return Check("network", name, "MISS", f"MASTER_PORT is {port!r}", fix)
-    try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", int(port)))
-    except OSError as error:
-        return Check("network", name, "MISS", f"{port} cannot be bound ({error.strerror or error})", fix)
-    return Check("network", name, "OK", f"{port} is free")
 
 
 def compiler_checks(config: Config) -> Iterator[Check]:

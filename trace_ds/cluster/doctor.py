@@ -198,19 +198,13 @@ def join_job() -> JoinedRanks | Check:
     """Join the launcher's process group over gloo, GPUs or not; when that fails, the check that says why."""
     from trace_ds.parallel.world import join, wait_longer
 
-    port = os.environ.get("MASTER_PORT")
-    # torchrun's agent holds the port already and serves its ranks there
-    if rank_and_size()[0] == 0 and port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        check = checks.port_check(port)
-        if check.status == "MISS":
-            return check
     try:
         world = join(threads=1, timeout_minutes=JOIN_TIMEOUT_MINUTES, on_cpu=True)
         nodes = world.gather(node_name())
     except UserError:
         raise
     except Exception as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{port}"
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         fix = "open the port between the nodes, and name the network: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
         detail = f"the ranks do not meet at {where} ({type(error).__name__}: {checks.first_line(str(error))})"
         return Check("network", "process group", "MISS", detail, fix)
