@@ -198,7 +198,7 @@ def scores(family: str, device: torch.device, folder: Path, watch: Any) -> dict[
 @contextlib.contextmanager
 def planted(fault: str) -> Iterator[None]:
     """One of :data:`FAULTS` in the code that collects, inside the block."""
-    forward, keep, trace = collection.forward, collection.Collection._keep, collection.Collection._trace
+    forward, keep, trace = collection.frozen_pass, collection.Collection._keep, collection.Collection._trace
 
     def hooked(engine: Any, *rest: Any) -> Any:
         def spoilt(layer: Any, inputs: Any, output: Any) -> Any:
@@ -220,9 +220,9 @@ def planted(fault: str) -> Iterator[None]:
         keep(own, name, where, torch.from_numpy(values.numpy()))
 
     faults = {
-        "": mock.patch.object(collection, "forward", forward),
-        "item": mock.patch.object(collection, "forward", hooked),
-        "cpu_sum": mock.patch.object(collection, "forward", hooked),
+        "": mock.patch.object(collection, "frozen_pass", forward),
+        "item": mock.patch.object(collection, "frozen_pass", hooked),
+        "cpu_sum": mock.patch.object(collection, "frozen_pass", hooked),
         "cpu_index": mock.patch.object(collection.Collection, "_trace", traced),
         "missing_event": mock.patch.object(collection, "event_now", mock.Mock()),
         "numpy": mock.patch.object(collection.Collection, "_keep", kept),

@@ -88,7 +88,8 @@ def test_what_libraries_say_of_their_own_accord_is_not_heard(tiny_model: Path) -
 def test_completion_can_be_installed_and_completes(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("trace-ds")
     variables = environment() | {"HOME": str(tmp_path)}
-    done = run([program, "--install-completion", "bash"], variables=variables)
+    command = f"{program} --install-completion bash && true"  # from bash: the shell that it runs in is looked for
+    done = run(["bash", "-c", command], variables=variables)
     assert done.returncode == 0, done.stderr
     assert "_TRACE_DS_COMPLETE=complete_bash" in (tmp_path / ".bash_completions" / "trace-ds.sh").read_text()
     asked = {"_TRACE_DS_COMPLETE": "complete_bash", "COMP_WORDS": "trace-ds co", "COMP_CWORD": "1"}
