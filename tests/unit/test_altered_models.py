@@ -124,11 +124,30 @@ def quantised(method: str, **more: Any) -> Change:
 
 # id: (change, what the line says it is, what it says to do)
 KINDS: dict[str, tuple[Change, str, str]] = {
+    "adapter": (both(only(), write("adapter_config.json", {})), "PEFT adapter", "merge_and_unload"),
     "adapter beside a model": (write("adapter_config.json", {}), "PEFT adapter", "merge_and_unload"),
     "FSDP below": (write("pytorch_model_fsdp_0/.metadata"), "checkpoint of FSDP", "merge-weights"),
+    "FSDP": (both(only(), write(".metadata")), "checkpoint of FSDP", "merge-weights"),
+    "FSDP, one file": (both(only(), write("pytorch_model_fsdp.bin")), "checkpoint of FSDP", "merge-weights"),
     "GGUF": (both(only("config.json"), write("model-Q4_K.gguf")), "GGUF", "gguf_file"),
     "GPTQ": (both(quantised("gptq"), packed("qweight", dtype=np.int32)), "quantised (gptq)", "quantised from"),
+    "AWQ, no word of it": (packed("qweight", "qzeros", dtype=np.int32), "quantised (lm_head.qweight", "quantised from"),
+    "bitsandbytes": (both(quantised("bitsandbytes"), packed("weight")), "quantised (bitsandbytes)", "dequantise"),
+    "MXFP4": (both(quantised("mxfp4"), packed("blocks", "scales")), "quantised (mxfp4)", "dequantise"),
+    "FP8": (both(quantised("fp8"), packed("weight")), "quantised (fp8)", "dequantise"),
+    "compressed-tensors": (
+        both(quantised("compressed-tensors"), packed("weight_packed", dtype=np.int32)),
+        "quantised (compressed-tensors)",
+        "quantised from",
+    ),
+    "MLX": (both(configured(quantization={"bits": 4}), packed("weight")), "quantised (quantization)", "quantised from"),
+    "in a part of the configuration": (
+        both(configured(text_config={"quantization_config": {"quant_method": "gptq"}}), packed("qweight")),
+        "quantised (gptq)",
+        "quantised from",
+    ),
     "int8 without scales": (as_int(HEAD, np.int8), f"quantised ({HEAD} is stored as I8)", "quantised from"),
+    "a norm in integers": (as_int("model.norm.weight", np.int64), "model.norm.weight is stored as I64", ""),
 }
 
 

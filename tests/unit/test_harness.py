@@ -268,23 +268,51 @@ def raises(docs):
 def leaves(doc):
     raise SystemExit(0)
 
+def none(doc):
+    return None
+
+def endless(doc):
+    return endless(doc)
+
+def aggregate(values):
+    return values[10_000]
 """
 ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {  # keys changed in a task that is right, or its file; message
     "target 9": ({"doc_to_target": 9}, "own.yaml: .*IndexError: list index out of range"),
+    "target -1": ({"doc_to_target": "{{ -1 }}"}, "question 0 .* has the target '-1', which names none"),
     "target letter": ({"doc_to_target": "Z"}, "has the target 'Z', which names none"),
+    "target text": ({"doc_to_target": "question"}, "which names none of its 4 choices"),
     "target of the second": ({"doc_to_target": "{{ [0, 7][answer > 0] }}"}, "question 1 .* target 7, which names none"),
+    "target none": ({"doc_to_target": "!function f.none"}, "own.yaml: .*TypeError"),
+    "targets": ({"doc_to_target": [8, 9]}, r"the target \[8, 9\], which names none"),
     "leaves": ({"doc_to_text": "!function f.leaves"}, r"f.py line 5: .*\(SystemExit: 0\). Fix: correct the task"),
     "raises": ({"process_docs": "!function f.raises"}, r"f.py line 2: .*\(KeyError: .*nothing.*\)"),
+    "endless": ({"doc_to_text": "!function f.endless"}, "a function never ends"),
+    "aggregate": ({"metric_list": [ACC | {"aggregation": "!function f.aggregate"}]}, "f.py line 14: .*IndexError"),
     "no function": ({"doc_to_text": "!function f.nothing"}, "own.yaml: .*has no function 'nothing'"),
+    "no module": ({"doc_to_text": "!function g.nothing"}, "own.yaml: .*Cannot import module 'g'"),
+    "no dot": ({"doc_to_text": "!function nothing"}, "own.yaml: .*Invalid function reference"),
+    "jinja syntax": ({"doc_to_text": "{{question"}, "own.yaml: .*TemplateSyntaxError"),
     "jinja name": ({"doc_to_text": "{{quetsion}}"}, "own.yaml: .*'quetsion' is undefined"),
+    "index": ({"doc_to_text": "{{choices[7]}}"}, "own.yaml: .*UndefinedError"),
+    "choices": ({"doc_to_choice": "{{question}}"}, "own.yaml: lm-eval cannot run the task own"),
+    "no choice": ({"doc_to_choice": "{{[]}}"}, "own.yaml: lm-eval cannot run the task own"),
+    "empty choice": ({"doc_to_choice": ["A", "B", "", "D"]}, "own.yaml: lm-eval cannot run the task own"),
+    "metric": ({"metric_list": [{"metric": "accc"}]}, "own.yaml: lm-eval cannot run the task own"),
     "no accuracy": ({"metric_list": [{"metric": "brier_score", "aggregation": "brier_score"}]}, "has none of acc"),
     "split": ({"test_split": "tset"}, "own.yaml: .*KeyError: 'tset'"),
+    "file": ({"dataset_kwargs": {"data_files": {"test": "/nowhere.jsonl"}}}, "own.yaml: .*/nowhere.jsonl"),
     "output": ({"output_type": "generate_until"}, "own is not multiple-choice"),
+    "output type": ({"output_type": "multiple"}, "own.yaml: lm-eval cannot run the task own"),
+    "key": ({"doc_to_txt": "a"}, "own.yaml: .*doc_to_txt"),
     "include": ({"include": "nowhere.yaml"}, "lm-eval (cannot run the|knows no) task"),
+    "class": ({"class": "!function f.none"}, "own.yaml: lm-eval cannot run the task own"),
     "number": ("task: 5\n", "lm-eval (cannot run the|knows no) task"),
     "itself": ("group: own\ntask: [own]\n", "own.yaml: .*contains itself"),
+    "list": ("- task: own\n", "lm-eval knows no task 'own', and no file in .* defines it"),
     "syntax": ("task: own\nnum_fewshot: [0\n", r"own.yaml line 3: the file is not valid YAML .expected"),
+    "tab": ("task: own\n\tnum_fewshot: 0\n", r"own.yaml line 2: the file is not valid YAML"),
     "bytes": ("task: \udcff\n", "own.yaml: the task is damaged"),
 }
 

@@ -81,7 +81,7 @@ def check_task(config: TaskConfig) -> None:
         index = _task_manager(task, include).task_index
         leaves = _leaf_tasks([task], index) if task in index else []
     if task not in index:
-        close = difflib.get_close_matches(task, index, 1)
+        close = difflib.get_close_matches(task, map(str, index), 1)  # a task file may be named by a number
         hint = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
         beside = f", and no file in {include} defines it" if include is not None else ""
         raise UserError(f"lm-eval knows no task {task!r}{beside}", where, hint)
