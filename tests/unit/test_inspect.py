@@ -20,7 +20,7 @@ from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.inspect import inspect, inspect_path, layout_of
 from trace_ds.tensors.model_files import SINGLE_NAME, read_model_directory
-from trace_ds.tensors.torch_archive import read_archive, tensors_of
+from trace_ds.tensors.torch_archive import LazyTensor, exchanged, read_archive
 
 
 def make_artefact(directory: Path, kind: str, inputs: dict[str, str], text: str = "content") -> artefact.Artefact:
@@ -198,7 +198,9 @@ def test_what_deepspeed_wrote(tmp_path: Path) -> None:
         assert result.facts["optimizer_states"] == ["exp_avg", "exp_avg_sq"]
     optimizer = next((tmp_path / "raw").rglob("*_rank_1_*_optim_states.pt"))
     whole = optimizer.read_bytes()
-    offset = max(tensors_of(read_archive(optimizer)), key=lambda held: held.numel()).storage.offset_bytes
+    tensors: list[LazyTensor] = []
+    exchanged(read_archive(optimizer), LazyTensor, tensors.append)
+    offset = max(tensors, key=lambda tensor: tensor.numel()).storage.offset_bytes
     optimizer.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
     assert not inspect(tmp_path / "raw").problems
     assert optimizer.name in inspect(tmp_path / "raw", verify=True).problems[0]

@@ -242,10 +242,3 @@ def exchanged(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(exchanged(entry, kind, change) for entry in value)
     return value
-
-
-def tensors_of(value: Any) -> list[LazyTensor]:
-    """Every tensor in an object that :func:`read_archive` returned."""
-    tensors: list[LazyTensor] = []
-    exchanged(value, LazyTensor, tensors.append)
-    return tensors

@@ -21,12 +21,31 @@ ConfigText = Annotated[str | None, Field(description="dataset: which of its conf
 SplitText = Annotated[str | None, Field(description="dataset: its split; default: train.")]
 
 
-def id_and_revision(dataset: str | None) -> tuple[str, str | None]:
-    """The parts of ``ORG/NAME@REVISION``; a directory that is there has no revision."""
-    if not dataset or Path(dataset).is_dir():
-        return dataset or "", None
-    name, _, revision = dataset.partition("@")
-    return name, revision or None
+class PathOrDataset:
+    """Properties of a section with the keys ``path`` and ``dataset``, of which one is given."""
+
+    path: str
+    dataset: str | None
+
+    @property
+    def place(self) -> str:
+        """The file, directory or dataset to read."""
+        return self.path or self.dataset or ""
+
+    @property
+    def dataset_id(self) -> str:
+        return self._id_and_revision()[0]
+
+    @property
+    def revision(self) -> str | None:
+        return self._id_and_revision()[1]
+
+    def _id_and_revision(self) -> tuple[str, str | None]:
+        """The parts of ``ORG/NAME@REVISION``; an existing directory has no revision."""
+        if not self.dataset or Path(self.dataset).is_dir():
+            return self.dataset or "", None
+        name, _, revision = self.dataset.partition("@")
+        return name, revision or None
 
 
 def require_place(what: str, path: str, dataset: str | None, **of_dataset: str | None) -> None:
@@ -40,7 +59,7 @@ def require_place(what: str, path: str, dataset: str | None, **of_dataset: str |
             raise ValueError(f"{what} has a {key}, which goes with dataset, not with path")
 
 
-class CorpusEntry(Section):
+class CorpusEntry(PathOrDataset, Section):
     """Documents: files, or a data set by name (docs/data.md shows every form)."""
 
     path: PathText = Field(
@@ -61,19 +80,6 @@ class CorpusEntry(Section):
         None,
         description="Name shown in reports; default: the row's own 'source', else the name of the file or data set.",
     )
-
-    @property
-    def place(self) -> str:
-        """What is read."""
-        return self.path or self.dataset or ""
-
-    @property
-    def dataset_id(self) -> str:
-        return id_and_revision(self.dataset)[0]
-
-    @property
-    def revision(self) -> str | None:
-        return id_and_revision(self.dataset)[1]
 
     @property
     def parts(self) -> list[tuple[str, str | None]]:

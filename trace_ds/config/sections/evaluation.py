@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from trace_ds.config.names import UNLEARNED, ModelName, Name
 from trace_ds.config.sections.base import ExpertParallelSize, Integer, Number, PathText, Section
-from trace_ds.config.sections.data import ConfigText, DatasetText, SplitText, id_and_revision, require_place
+from trace_ds.config.sections.data import ConfigText, DatasetText, PathOrDataset, SplitText, require_place
 
 TaskColumn = Literal[
     "prompt",
@@ -24,7 +24,7 @@ TaskColumn = Literal[
 ]
 
 
-class TaskConfig(Section):
+class TaskConfig(PathOrDataset, Section):
     """One evaluation task; ``role`` says which way is good: forget (lower), utility (higher)."""
 
     name: Name
@@ -80,19 +80,6 @@ class TaskConfig(Section):
         if self.num_fewshot and self.path:
             raise ValueError(f"task {self.name}: a file holds no solved examples: leave out num_fewshot, or path")
         return self
-
-    @property
-    def place(self) -> str:
-        """What its questions are read from."""
-        return self.path or self.dataset or ""
-
-    @property
-    def dataset_id(self) -> str:
-        return id_and_revision(self.dataset)[0]
-
-    @property
-    def revision(self) -> str | None:
-        return id_and_revision(self.dataset)[1]
 
 
 class RelearningConfig(Section):
