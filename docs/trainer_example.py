@@ -1,7 +1,7 @@
 """TRACE's retain weights in a transformers Trainer: the 20 lines between the markers are all it takes.
 
-    trace-ds run CONFIG --run-dir RUN --set calibration.export=parquet     # or prepare, collect, calibrate
-    python docs/trainer_example.py MODEL RUN/export/retain_rows.parquet OUT
+    trace-ds run CONFIG --run-dir RUN                # or prepare, collect, calibrate
+    python docs/trainer_example.py MODEL RUN OUT
 
 Only the retain side is shown; add your own forget loss where the comment says so.
 """
@@ -11,12 +11,10 @@ from __future__ import annotations
 import sys
 
 # --- 20 lines ---
-import numpy as np
-from datasets import Dataset
 from torch.utils.data import WeightedRandomSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from trace_ds.calibration.export import collate_rows, weighted_retain_loss
+from trace_ds.calibration.export import RetainRows, collate_rows, weighted_retain_loss
 
 SAMPLING = False  # True: draw rows in proportion to their mean weight and leave the loss unweighted
 
@@ -33,19 +31,19 @@ class RetainTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if not SAMPLING:
             return super()._get_train_sampler(train_dataset)
-        return WeightedRandomSampler(np.array(self.train_dataset["row_weight"]), len(self.train_dataset))
+        return WeightedRandomSampler(self.train_dataset.row_weight_R, len(self.train_dataset))
 
 
 # --- end ---
 
 
-def main(model: str, parquet: str, output: str, **options: object) -> Trainer:
+def main(model: str, run: str, output: str, **options: object) -> Trainer:
     arguments = TrainingArguments(output, remove_unused_columns=False, report_to="none", **options)
     trainer = RetainTrainer(
         AutoModelForCausalLM.from_pretrained(model),
         arguments,
         data_collator=collate_rows,
-        train_dataset=Dataset.from_parquet(parquet),
+        train_dataset=RetainRows(run),
     )
     trainer.train()
     return trainer

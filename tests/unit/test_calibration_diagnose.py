@@ -1,4 +1,4 @@
-"""The diagnosis: divergences, likeness and its warning, shares of sources, documents of most weight."""
+"""The diagnosis: its warnings, shares of sources, documents of most weight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from calibration_world import Corpus, make_corpus
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.diagnose import (
     DocumentSources,
-    alike_share,
     document_sums,
     find_warnings,
-    likeness,
     source_shares,
     top_documents,
 )
@@ -34,17 +32,6 @@ def worlds(near_share: float) -> tuple[Corpus, Corpus]:
     return make_corpus(rng, np.zeros(100, np.int64), logits, 2), make_corpus(rng, topics, logits, 2, taste=0.2)
 
 
-def likenesses(forget: Corpus, retain: Corpus) -> np.ndarray:
-    like_D = likeness(
-        retain.tokens,
-        retain.selections(EXPERTS),
-        forget.statistics(EXPERTS).frequency_LE,
-        retain.statistics(EXPERTS).frequency_LE,
-    )
-    assert like_D is not None
-    return like_D
-
-
 def calibrated(forget: Corpus, retain: Corpus, folder: Path | None, **options: Any) -> tuple[Detection, RuleResult]:
     """Weights of tokens, spooled to the folder; without one, of rows."""
     found = detect(forget.statistics(EXPERTS), retain.statistics(EXPERTS), DetectionConfig())
@@ -55,27 +42,6 @@ def calibrated(forget: Corpus, retain: Corpus, folder: Path | None, **options: A
     if folder is None:
         return found, weigh_rows(request, retain.selections(EXPERTS))
     return found, weigh_tokens(request, retain.as_trace(), folder)
-
-
-def test_likeness_is_one_for_near_text_and_zero_for_the_average(monkeypatch) -> None:
-    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 999)
-    forget, retain = worlds(0.2)
-    like = likenesses(forget, retain)
-    near = retain.topic_D == 1
-    assert np.quantile(like[near], 0.05) > 0.5 and np.median(like[near]) == pytest.approx(1.0, abs=0.15)
-    assert like[~near].max() < 0.5
-    assert np.average(
-        like, weights=document_sums(retain.tokens, np.ones(retain.tokens.tokens)).tokens_D
-    ) == pytest.approx(0.0, abs=0.05)
-
-
-@pytest.mark.parametrize(("near_share", "warned"), [(0.2, False), (0.0, True)])
-def test_warns_when_no_retain_text_is_routed_like_the_forget_text(near_share: float, warned: bool) -> None:
-    forget, retain = worlds(near_share)
-    found, made = calibrated(forget, retain, None)
-    alike = alike_share(document_sums(retain.tokens, made.weight_T), likenesses(forget, retain))
-    warnings = find_warnings(CalibrationConfig(), found, made, alike, True)
-    assert any("no retain text is routed like the forget text" in w for w in warnings) == warned
 
 
 def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
@@ -89,7 +55,7 @@ def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
     for (rule, floor, rows), wanted in expected.items():
         options = {"rule": rule, "ess_floor": floor, "experts": "all"}
         found, made = calibrated(forget, retain, None if rows else tmp_path, **options)
-        warnings = find_warnings(CalibrationConfig(**options), found, made, None, rows)
+        warnings = find_warnings(CalibrationConfig(**options), found, made, rows)
         told = [any(words in w for w in warnings) for words in ("(lambda)", "of the frequency gap", "are nearly equal")]
         assert tuple(told) == wanted, (rule, floor, warnings)
 
@@ -111,6 +77,6 @@ def test_shares_and_documents_against_the_slow_way() -> None:
         mine = np.isin(d, np.nonzero(retain.topic_D == int(row["source"][1:]))[0])
         assert row["token_share"] == pytest.approx(mine.mean())
         assert row["weight_share"] == pytest.approx(w[mine].sum() / w.sum())
-    best = top_documents(sums, documents, np.zeros(300))
+    best = top_documents(sums, documents)
     enough = np.bincount(d, minlength=300) >= 8
     assert [r["document"] for r in best] == np.argsort(-np.where(enough, means, -1), kind="stable")[:20].tolist()

@@ -1,4 +1,4 @@
-"""TRACE outside its own job: parquet export, the plain PyTorch pieces, and the Trainer example of the documentation."""
+"""TRACE outside its own job: the rows with their weights, the loss, and the Trainer example of the documentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from stage_calls import calibrate
 from test_calibration_stage import prepared  # noqa: F401 (a fixture)
 
-from trace_ds.calibration.export import collate_rows, export, weighted_retain_loss
+from trace_ds.calibration.export import RetainRows, collate_rows, weighted_retain_loss
 from trace_ds.config.load import load_config
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.run import artefact
@@ -29,51 +29,9 @@ def calibrated(prepared, tmp_path_factory):  # noqa: F811
     return config_path, run
 
 
-def written(calibrated, directory: Path) -> None:
-    _, run = calibrated
-    export(artefact.load(run.data, "data"), artefact.load(run.calibration, "calibration"), directory)
-
-
-def test_calibrate_writes_the_dataset_when_asked(prepared, tmp_path) -> None:  # noqa: F811
-    from datasets import Dataset
-
-    config_path, run_path = prepared
-    run = RunDirectory(tmp_path / "run", parent=run_path)
-    keys = ["calibration.export=parquet"]
-    made = calibrate(load_config(str(config_path), keys)[0], run)
-    rows = Dataset.from_parquet(str(run.export / "retain_rows.parquet"), cache_dir=str(tmp_path))
-    weights, row_weights = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
-    np.testing.assert_array_equal(np.concatenate(rows["weights"]), weights)
-    np.testing.assert_array_equal(rows["row_weight"], row_weights)
-    dataset = TokenDataset.open(run.data / "retain.arrow")
-    np.testing.assert_array_equal(np.concatenate(rows["document_ids"]), dataset.document_ids_T[:])
-    np.testing.assert_array_equal(rows[1]["input_ids"], dataset.row(1).input_ids)
-    counted, ids = dataset.counted(0, dataset.tokens), dataset.document_ids_T[:]
-    documents = Dataset.from_parquet(str(run.export / "retain_documents.parquet"), cache_dir=str(tmp_path))
-    for entry in documents:
-        mine = weights[counted & (ids == entry["document"])]
-        assert entry["tokens"] == len(mine)
-        assert entry["weight"] == (pytest.approx(mine.mean()) if len(mine) else None)
-    again = calibrate(load_config(str(config_path), keys[1:])[0], run)
-    assert again.content == made.content, "exporting changes nothing of the calibration"
-    before = (run.export / "retain_rows.parquet").read_bytes()
-    (run.export / "retain_rows.parquet").unlink()
-    calibrate(load_config(str(config_path), keys)[0], run)
-    assert (run.export / "retain_rows.parquet").read_bytes() == before
-
-
 def rows_of(calibrated) -> list[dict]:
-    _, run = calibrated
-    dataset = TokenDataset.open(artefact.load(run.data, "data").file("retain.arrow"))
-    weights = np.load(run.calibration / "weights.npy")
-    return [
-        {
-            "input_ids": dataset.row(i).input_ids,
-            "document_ids": dataset.row(i).document_ids,
-            "weights": weights[dataset.row_starts_R1[i] : dataset.row_starts_R1[i + 1]],
-        }
-        for i in range(6)
-    ]
+    rows = RetainRows(calibrated[1].path)
+    return [rows[number] for number in range(6)]
 
 
 def test_collated_rows_equal_the_jobs_own_batches(calibrated) -> None:
@@ -84,6 +42,9 @@ def test_collated_rows_equal_the_jobs_own_batches(calibrated) -> None:
     counted = theirs.counted_BS
     assert torch.equal(mine["labels"][:, 1:] != -100, counted[:, :-1])
     assert torch.equal(mine["weights"] > 0, counted)
+    weights = np.load(run.calibration / "weights.npy")
+    np.testing.assert_array_equal(torch.cat([row["weights"] for row in RetainRows(run.path)]), weights)
+    np.testing.assert_array_equal(RetainRows(run.path).row_weight_R, np.load(run.calibration / "row_weights.npy"))
     real = theirs.document_ids_BS >= 0
     assert torch.equal(mine["position_ids"][real], theirs.position_ids_BS[real])
 
@@ -107,11 +68,9 @@ def test_loss_against_the_slow_way_and_its_divisor(calibrated) -> None:
 @pytest.mark.parametrize("sampling", [False, True])
 def test_trainer_example_runs_and_its_first_loss_is_the_weighted_one(calibrated, tmp_path, sampling: bool) -> None:
     """Accumulation over two micro-batches: the logged loss is Σ wℓ / n over both, n the tokens of both."""
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
-    config_path, _ = calibrated
-    written(calibrated, tmp_path)
+    config_path, run = calibrated
     example = runpy.run_path(str(EXAMPLE))
     trainer_class = example["RetainTrainer"]
     trainer_class.compute_loss.__globals__["SAMPLING"] = sampling
@@ -133,7 +92,7 @@ def test_trainer_example_runs_and_its_first_loss_is_the_weighted_one(calibrated,
         return original(self, model, inputs, *args, **kwargs)
 
     trainer_class.compute_loss = spy
-    trainer = example["main"](model, str(tmp_path / "retain_rows.parquet"), str(tmp_path / "out"), **options)
+    trainer = example["main"](model, str(run.path), str(tmp_path / "out"), **options)
     reference = AutoModelForCausalLM.from_pretrained(model)
     total = n = 0.0
     for batch in seen:
@@ -146,6 +105,5 @@ def test_trainer_example_runs_and_its_first_loss_is_the_weighted_one(calibrated,
     logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     assert logged == pytest.approx(total / n, rel=1e-4)
     if sampling:
-        rows = Dataset.from_parquet(str(tmp_path / "retain_rows.parquet"))
-        drawn = torch.tensor(list(trainer._get_train_sampler()))
-        assert len(drawn) == len(rows) and len(set(drawn.tolist())) < len(rows), "drawn with replacement"
+        drawn, rows = torch.tensor(list(trainer._get_train_sampler())), len(RetainRows(run.path))
+        assert len(drawn) == rows and len(set(drawn.tolist())) < rows, "drawn with replacement"

@@ -14,17 +14,10 @@ from trace_ds.corpora.dataset import FlatArray, PackingCounts, TokenDataset, cou
 documents_strategy = st.lists(st.lists(st.integers(0, 99), max_size=20), max_size=30)
 
 
-def parts(documents: list[list[int]]) -> list[list[list[int]]]:
-    """Each document in parts, some of which are empty, as a long one is tokenised."""
-    return [
-        [document[:1], [], document[1:4], *([token] for token in document[4:9]), document[9:]] for document in documents
-    ]
-
-
 @given(documents_strategy, st.integers(2, 9), st.sampled_from(["dense", "whole", "single"]))
 def test_packing_keeps_every_token_in_order(documents: list[list[int]], length: int, packing: str) -> None:
     counts = PackingCounts()
-    rows = list(pack(parts(documents), length, packing, counts))
+    rows = list(pack(documents, length, packing, counts))
     tokens = [int(token) for row in rows for token in row.input_ids]
     assert tokens == [token for document in documents for token in document]
     owners = [int(owner) for row in rows for owner in row.document_ids]
@@ -48,7 +41,7 @@ def test_packing_keeps_every_token_in_order(documents: list[list[int]], length: 
 def test_dataset_gives_back_the_rows(tmp_path: Path, rows_count: int) -> None:
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, 99, draw.integers(1, 12)).tolist() for _ in range(rows_count)]
-    rows = list(pack(parts(documents), 12, "single", PackingCounts()))
+    rows = list(pack(documents, 12, "single", PackingCounts()))
     write_rows(tmp_path / "rows.arrow", rows)
     dataset = TokenDataset.open(tmp_path / "rows.arrow")
     assert len(dataset) == len(rows)
@@ -70,7 +63,7 @@ def test_what_is_counted_does_not_depend_on_the_chunks(
 ) -> None:
     """By hand, row by row: documents of 1 to 7 tokens, several in a row and cut at its end, read at any position."""
     draw = np.random.default_rng(1)
-    documents = [[draw.integers(0, 99, draw.integers(1, 8)).tolist()] for _ in range(300)]
+    documents = [draw.integers(0, 99, draw.integers(1, 8)).tolist() for _ in range(300)]
     rows = list(pack(documents, 10, "dense", PackingCounts()))
     write_rows(tmp_path / "rows.arrow", rows)
     monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", chunk)
@@ -94,7 +87,7 @@ def test_arrays_in_parts_read_as_one(lengths: list[int], begin: int, end: int) -
 
 
 def test_batches_restart_positions_and_fill_at_the_right(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.arrow", pack(parts([[5, 6, 7], [8, 9], [1]]), 5, "whole", PackingCounts()))
+    write_rows(tmp_path / "rows.arrow", pack([[5, 6, 7], [8, 9], [1]], 5, "whole", PackingCounts()))
     batch = TokenDataset.open(tmp_path / "rows.arrow").batch([0, -1, 1], pad_id=3)
     assert batch.input_ids_BS.tolist() == [[5, 6, 7, 8, 9], [3] * 5, [1, 3, 3, 3, 3]]
     assert batch.position_ids_BS.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]

@@ -215,7 +215,7 @@ def test_faults(change: Any, keys: dict[str, Any], message: str, tmp_path: Path)
 
 
 def test_a_json_array_has_a_limit_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trace_ds.corpora.records.MAX_ARRAY_CHARACTERS", 100)
+    monkeypatch.setattr("trace_ds.corpora.records.MAX_CHARACTERS", 100)
     (tmp_path / "x.json").write_text(json.dumps(ROWS))
     with pytest.raises(UserError, match="write JSON Lines"):
         texts(entry(path=str(tmp_path / "x.json")))
@@ -226,15 +226,14 @@ def test_a_json_array_has_a_limit_of_size(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "BATCH_CHUNKS", 7)
-    monkeypatch.setattr(tokenizer, "CHUNK_CHARACTERS", 1 << 10)
+    monkeypatch.setattr(tokenizer, "BATCH_DOCUMENTS", 7)
 
 
 def test_the_data_are_the_same_whatever_the_number_of_threads(
     tmp_path: Path, tiny_model: Path, many_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny.write_config(tmp_path, tiny_model)
-    long = " ".join(tiny.sentences(3000, 5, tiny.WORDS))  # a document in many pieces
+    long = " ".join(tiny.sentences(3000, 5, tiny.WORDS))
     with (tmp_path / "corpora" / "retain.jsonl").open("a") as handle:
         handle.write(json.dumps({"text": long}) + "\n" + json.dumps({"text": "iron"}) + "\n")
     found = []
@@ -252,7 +251,7 @@ def test_what_goes_wrong_in_a_thread_is_told_here() -> None:
         raise UserError("the tokenizer fails", "x", "repair it")
 
     with pytest.raises(UserError, match=r"x: the tokenizer fails\. Fix: repair it"):
-        list(tokenizer.encode_documents([["a"]] * 4, refusing, 2))
+        list(tokenizer.encode_documents(["a"] * 4, refusing, 2))
 
 
 # ---------------------------------------------------------------------------------------------------- questions

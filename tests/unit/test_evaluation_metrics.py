@@ -267,7 +267,7 @@ def test_overlap_and_kl_equal_brute_force(experts: int, tokens: int, seed: int, 
 
 
 def packed(path: Path, documents: list[list[int]], context: int) -> TokenDataset:
-    write_rows(path, pack(([ids] for ids in documents), context, "dense", PackingCounts()))
+    write_rows(path, pack(documents, context, "dense", PackingCounts()))
     return TokenDataset.open(path)
 
 

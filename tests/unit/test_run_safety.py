@@ -65,7 +65,6 @@ def make_run(project: Path) -> Path:
             "statistics/forget": "statistics",
             "statistics/retain": "statistics",
             "calibration": "calibration",
-            "export": "export",
             "report": "report",
         }
         for place, kind in places.items():

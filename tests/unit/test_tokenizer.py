@@ -1,23 +1,17 @@
-"""A long document in pieces has the ids of the whole, whatever the tokenizer; the fingerprint covers what decides."""
+"""The ids are those of transformers, whatever the tokenizer; the fingerprint covers what decides them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 import tiny
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from trace_ds.corpora.tokenizer import (
-    Encode,
     check_tokenizer,
-    cut,
     encode_documents,
     encoder,
     library_tokenizer,
@@ -57,24 +51,6 @@ KINDS: dict[str, tuple[str, list[tuple[str, Any]], list[tuple[str, Any]]]] = {
     "t5: unigram": ("Unigram", [("NFKC", {})], [("Metaspace", {})]),
     "bert": ("WordPiece", [("BertNormalizer", {})], [("BertPreTokenizer", {})]),
 }
-WORDS = [*tiny.WORDS, *(f" {word}" for word in tiny.WORDS), "Iron", " GOLD", "金的符号是什么", "日本語"]
-MARKS = [
-    " ", "  ", "\n", "\n\n", "\r\n", "\t", " \n ", ". ", "。", "；", "'s", "/", "!\n", "12345", " 7", "é", "e\u0301",
-    "👩\u200d🚀", "(x+1)", "▁", "    if ", "<s>", "\u00a0", "ﬁ", "\n金", "!\n/iron",
-]  # fmt: skip
-
-
-@st.composite
-def texts(draw: st.DrawFn) -> str:
-    """Long enough to be cut many times: words and marks by a random generator, a few scraps by hypothesis."""
-    generator = draw(st.randoms(use_true_random=False, note_method_calls=False))
-    random = Random(generator.getrandbits(32))
-    words, marks = random.sample(WORDS, 30), random.sample(MARKS, random.randint(1, len(MARKS)))
-    share = draw(st.sampled_from([0.05, 0.3, 0.6]))
-    scraps = [random.choice(marks if random.random() < share else words) for _ in range(1000)]
-    for scrap in draw(st.lists(st.text(max_size=8), max_size=20)):
-        scraps[random.randrange(len(scraps))] = scrap
-    return "".join(scraps)
 
 
 @cache
@@ -111,25 +87,6 @@ def made_tokenizer(kind: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-@cache
-def tokenizer_of(kind: str) -> Encode:
-    return encoder(made_tokenizer(kind))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(text=texts(), size=st.sampled_from([64, 200, 1000]))
-def test_pieces_have_the_ids_of_the_whole(kind: str, text: str, size: int) -> None:
-    encode = tokenizer_of(kind)
-    blocks = [text[:100], text[100:101], "", text[101:]]
-    found: list[int] = []
-    for piece in cut(0, blocks, encode, size):
-        ids = encode([piece.text])[0]
-        assert tuple(ids[: len(piece.before)]) == piece.before
-        found += ids[len(piece.before) :]
-    assert found == encode([text])[0]
-
-
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ids_are_those_of_transformers(kind: str, special: bool) -> None:
@@ -150,41 +107,12 @@ def test_the_ids_are_those_of_transformers(kind: str, special: bool) -> None:
     assert len(found([texts[3]])[0]) > 8
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_ordinary_text_is_cut(kind: str) -> None:
-    """The first test would pass if nothing was ever cut."""
-    text = "\n".join(tiny.sentences(400, 0, tiny.WORDS))
-    chunks = list(cut(0, [text], tokenizer_of(kind), 1000))
-    assert max(len(chunk.text) for chunk in chunks) <= 1000 + 2 * 256 and len(chunks) >= len(text) // 1000
-
-
-def test_documents_keep_their_numbers(tmp_path: Path) -> None:
+def test_documents_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trace_ds.corpora.tokenizer.BATCH_DOCUMENTS", 2)
     tiny.make_tokenizer(tmp_path)
     encode = encoder(load_tokenizer(tmp_path))
-    texts = ["iron gold", "", "\n".join(tiny.sentences(6000, 1, tiny.WORDS)), "lead", ""]
-    assert len(texts[2]) > 3 << 16
-
-    def blocks(text: str) -> Iterator[str]:
-        yield from (text[begin : begin + 50_000] for begin in range(0, len(text), 50_000))
-
-    found: dict[int, list[int]] = {}
-    for number, ids in encode_documents(map(blocks, texts), encode):
-        found.setdefault(number, []).extend(ids)
-    assert found == dict(enumerate(encode(texts)))
-
-
-def test_a_text_without_any_place_to_cut_is_cut_between_equal_tokens_or_refused(tmp_path: Path) -> None:
-    import trace_ds.corpora.tokenizer as module
-
-    tiny.make_tokenizer(tmp_path)
-    encode = encoder(load_tokenizer(tmp_path))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "LONGEST_CHUNK_CHARACTERS", 1 << 12)
-        text = "iron" * 5000
-        ids = [i for p in cut(0, [text], encode, 1024) for i in encode([p.text])[0][len(p.before) :]]
-        assert ids == encode([text])[0]
-        with pytest.raises(UserError, match="4,096 characters that cannot be tokenised in pieces"):
-            list(cut(0, [" " * 20_000], encode, 1024))
+    texts = ["iron gold", "", "\n".join(tiny.sentences(600, 1, tiny.WORDS)), "lead", ""]
+    assert [ids.tolist() for ids in encode_documents(texts, encode, 3)] == encode(texts)
 
 
 def test_every_file_that_decides_ids_is_in_the_fingerprint(tmp_path: Path) -> None:

@@ -11,18 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.calibration.detect import ALIKE, Detection
+from trace_ds.calibration.detect import Detection
 from trace_ds.calibration.raking import REASONS, RakingResult
 from trace_ds.calibration.rules import RuleResult
-from trace_ds.calibration.tokens import RowSelections, Trace
 from trace_ds.calibration.weights import SlicedTokens
 from trace_ds.config.sections.calibration import CONTROL_RULES, CalibrationConfig
 from trace_ds.corpora.dataset import TokenMap
 
 TOP_DOCUMENTS = 20
 LEAST_DOCUMENT_TOKENS = 8
-HALF_WAY = 0.5
-LEAST_ALIKE_SHARE = 0.005
 LEAST_STRENGTH, LEAST_CLOSED, MOST_ROW_ESS = 0.25, 0.05, 0.99
 
 
@@ -69,45 +66,6 @@ def document_sums(tokens: TokenMap, weight_T: SlicedTokens) -> DocumentSums:
     return DocumentSums(*sums)
 
 
-def likeness(
-    tokens: TokenMap, selections: RowSelections, forget_LE: np.ndarray, retain_LE: np.ndarray
-) -> np.ndarray | None:
-    """Likeness of each document, float64 [D]: 0 as the average retain text, 1 as the average forget text.
-
-    A token's score is Σ of log(p^F/p^R) over its experts (a log-likelihood ratio that treats selections as independent;
-    frequencies are floored at half a token), known of the sampled tokens. Documents are short and tokens noisy, so each
-    mean is shrunk towards 0 by credibility n/(n + n₀) with n₀ = within-document over between-document variance
-    (Bühlmann 1967): without differences between documents all are 0. None where fewer than
-    :data:`LEAST_DOCUMENT_TOKENS` tokens a document are sampled, or nothing tells the corpora apart. Our decision.
-    """
-    least = 0.5 / max(tokens.counted_total(), 1)
-    score_LE = np.log(np.maximum(forget_LE, least)) - np.log(np.maximum(retain_LE, least))
-    retain_mean, forget_mean = float((retain_LE * score_LE).sum()), float((forget_LE * score_LE).sum())
-    document_N = tokens.documents_at(selections.position_N)
-    n_D = np.bincount(document_N, minlength=tokens.documents).astype(np.float64)
-    filled = n_D > 0
-    n, documents = len(document_N), int(filled.sum())
-    if forget_mean - retain_mean <= 1e-12 or documents < 2 or n < LEAST_DOCUMENT_TOKENS * documents:
-        return None
-    packing = Trace((selections.selected_NLK,)).packing(score_LE.shape[1])
-    s_N = packing.score(packing.columns(selections.selected_NLK), packing.tables(score_LE))
-    like_D, square = np.bincount(document_N, s_N, tokens.documents), float((s_N * s_N).sum())
-    mean_D = np.where(filled, like_D / np.maximum(n_D, 1), 0.0)
-    centre = float(like_D.sum()) / n
-    within = max(square - float((n_D * mean_D**2).sum()), 0.0) / (n - documents)
-    spread = float((n_D * (mean_D - centre) ** 2).sum()) - (documents - 1) * within
-    between = spread / (n - float((n_D**2).sum()) / n)
-    if between <= 0:
-        return np.zeros(len(n_D))
-    shrunk_D = (mean_D - centre) * n_D / (n_D + within / between)
-    return np.where(filled, (centre + shrunk_D - retain_mean) / (forget_mean - retain_mean), 0.0)
-
-
-def alike_share(sums: DocumentSums, likeness_D: np.ndarray) -> float:
-    """Share of the counted retain tokens in documents at least half-way (:data:`HALF_WAY`) towards the forget text."""
-    return float(sums.tokens_D[likeness_D >= HALF_WAY].sum()) / max(float(sums.tokens_D.sum()), 1.0)
-
-
 def source_shares(sums: DocumentSums, documents: DocumentSources) -> list[dict[str, Any]]:
     """Share of tokens and of weight by source, most up-weighted first."""
     names, of_D = documents.names, documents.source_D
@@ -120,9 +78,7 @@ def source_shares(sums: DocumentSums, documents: DocumentSources) -> list[dict[s
     return sorted(rows, key=lambda r: (-r["weight_share"] / max(r["token_share"], 1e-300), r["source"]))
 
 
-def top_documents(
-    sums: DocumentSums, documents: DocumentSources, likeness_D: np.ndarray | None
-) -> list[dict[str, Any]]:
+def top_documents(sums: DocumentSums, documents: DocumentSources) -> list[dict[str, Any]]:
     """The documents with the highest mean weight (of those with enough counted tokens for a mean to say something)."""
     enough = sums.tokens_D >= LEAST_DOCUMENT_TOKENS
     if int(enough.sum()) < TOP_DOCUMENTS:
@@ -136,7 +92,6 @@ def top_documents(
             "text_start": str(documents.text_start[int(d)]),
             "weight": float(mean_D[d]),
             "tokens": int(sums.tokens_D[d]),
-            "likeness": None if likeness_D is None else float(likeness_D[d]),
         }
         for d in order
     ]
@@ -175,14 +130,10 @@ def row_ess(result: RuleResult) -> float:
     return float(row.sum() ** 2 / (len(row) * (row**2).sum())) if len(row) else 1.0
 
 
-def find_warnings(
-    config: CalibrationConfig, detection: Detection, result: RuleResult, alike: float | None, by_rows: bool
-) -> list[str]:
+def find_warnings(config: CalibrationConfig, detection: Detection, result: RuleResult, by_rows: bool) -> list[str]:
     """Plain sentences about everything that did not work out, most important first.
 
-    Args:
-        alike: share of the retain tokens in documents routed like the forget text; None: not known.
-        by_rows: whether the weights are those of rows.
+    ``by_rows``: whether the weights are those of rows.
     """
     lines: list[str] = list(detection.warnings)
     control = config.rule in CONTROL_RULES
@@ -192,12 +143,6 @@ def find_warnings(
         lines.append(
             "no forget-critical expert was found: forget text is not routed differently enough from retain text; the "
             f"weights {then}"
-        )
-    if alike is not None and alike < LEAST_ALIKE_SHARE and ALIKE not in detection.warnings:
-        lines.append(
-            "no retain text is routed like the forget text (documents at least half-way towards it hold "
-            f"{alike:.2%} of the retain tokens): re-weighting cannot protect what is not there; add retain text "
-            "close to the forget domain"
         )
     by_reason: dict[str, list[str]] = {}
     for layer, expert, offered, reason in result.moved:
@@ -243,13 +188,10 @@ def diagnose(
     result: RuleResult,
     tokens: TokenMap,
     documents: DocumentSources,
-    selections: RowSelections,
     by_rows: bool,
 ) -> dict[str, Any]:
     """The content of ``diagnosis.json`` (JSON types only); ``by_rows``: whether the weights are those of rows."""
     sums = document_sums(tokens, result.weight_T)
-    likeness_D = likeness(tokens, selections, detection.forget_LE, detection.retain_LE)
-    alike = None if likeness_D is None else alike_share(sums, likeness_D)
     raking = result.raking
     return {
         "rule": config.rule,
@@ -273,8 +215,7 @@ def diagnose(
             {"layer": layer, "expert": expert, "offered": offered, "reason": reason}
             for layer, expert, offered, reason in result.moved
         ],
-        "top_documents": top_documents(sums, documents, likeness_D),
+        "top_documents": top_documents(sums, documents),
         "share_by_source": source_shares(sums, documents),
-        "alike_share": alike,
-        "warnings": find_warnings(config, detection, result, alike, by_rows),
+        "warnings": find_warnings(config, detection, result, by_rows),
     }

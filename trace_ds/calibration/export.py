@@ -1,12 +1,8 @@
-"""Weights for use elsewhere: parquet files, and plain PyTorch pieces for a training loop of your own.
+"""Weights in a training loop of your own: the retain rows of a run with their weights, and plain PyTorch pieces.
 
-``calibration.export: parquet`` (also set for a calibration that is done) writes into ``RUN/export/``
-``retain_rows.parquet`` (one line per packed row: input_ids, document_ids, weights, row_weight) and
-``retain_documents.parquet`` (one line per document: document, source, text_start, tokens, weight). ``datasets`` and
-pandas read them; ``docs/trainer_example.py`` trains on them with a transformers ``Trainer``, with
-:func:`collate_rows`, :func:`weighted_retain_loss` and, to see routing, :func:`record_routing`.
+``docs/trainer_example.py`` trains on them with a transformers ``Trainer``. :func:`record_routing` shows the routing.
 
-Shape legend: B rows, S positions, V vocabulary.
+Shape legend: B rows, S positions, V vocabulary, R rows of the corpus.
 """
 
 from __future__ import annotations
@@ -18,80 +14,50 @@ from typing import Any
 import numpy as np
 import torch
 
-from trace_ds.corpora.dataset import PackedRow, batch_of, open_stream
+from trace_ds.corpora.dataset import TokenDataset, batch_of
 from trace_ds.errors import UserError
 from trace_ds.models.routers import RoutingRecorder, record_routing
 from trace_ds.models.token_nll import token_nll, weighted_sum
-from trace_ds.run.artefact import Artefact
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import open_mapped
 
-__all__ = ["RoutingRecorder", "collate_rows", "export", "record_routing", "weighted_retain_loss"]
+__all__ = ["RetainRows", "RoutingRecorder", "collate_rows", "record_routing", "weighted_retain_loss"]
 
 IGNORED = -100
 
 
-def export(data: Artefact, calibration: Artefact, directory: Path) -> list[Path]:
-    """Write both parquet files into ``directory`` (created); memory is bounded by one Arrow batch.
+class RetainRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """The packed retain rows of a run and their weights, read from the disk; each is what :func:`collate_rows` takes.
 
-    Columns of the rows: input_ids list<int32>, document_ids list<int32>, weights list<float> (0 at positions that are
-    not loss-bearing), row_weight double. Of the documents: document int64, source, text_start string, tokens int64
-    (loss-bearing), weight double (their mean; null for a document without any).
+    ``row_weight_R`` float64: by which ``unlearning.apply: sampling`` draws the rows.
 
     Raises:
-        UserError: the calibration was made from other data.
+        UserError: the run has no data or no weights, or the weights were made from other data.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
 
-    if calibration.inputs.get("data") != data.content:
-        raise UserError(
-            "this calibration was made from other data", str(calibration.path), "run `trace-ds calibrate CONFIG` again"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    weights_T = open_mapped(calibration.file("weights.npy"))
-    row_weight_R = open_mapped(calibration.file("row_weights.npy"))
-    table = open_stream(data.file("retain_documents.arrow")).read_all()
-    sums_D, counts_D = np.zeros(len(table)), np.zeros(len(table), np.int64)
-    rows_path, documents_path = directory / "retain_rows.parquet", directory / "retain_documents.parquet"
-    schema = pa.schema(
-        [
-            ("input_ids", pa.list_(pa.int32())),
-            ("document_ids", pa.list_(pa.int32())),
-            ("weights", pa.list_(pa.float32())),
-            ("row_weight", pa.float64()),
-        ]
-    )
-    row = token = 0
-    with parquet.ParquetWriter(rows_path, schema) as writer:
-        for batch in open_stream(data.file("retain.arrow")):
-            offsets = np.asarray(batch.column("input_ids").offsets)
-            size = int(offsets[-1] - offsets[0])
-            w = np.array(weights_T[token : token + size])
-            starts = pa.array((offsets - offsets[0]).astype(np.int32))
-            columns = [batch.column("input_ids"), batch.column("document_ids")]
-            columns.append(pa.ListArray.from_arrays(starts, pa.array(w)))
-            columns.append(pa.array(np.array(row_weight_R[row : row + len(batch)])))
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-            ids = np.asarray(batch.column("document_ids").values)[offsets[0] : offsets[-1]]
-            sums_D += np.bincount(ids, w, len(table))
-            counts_D += np.bincount(ids[w > 0], minlength=len(table))
-            row, token = row + len(batch), token + size
-    mean_D = np.where(counts_D > 0, sums_D / np.maximum(counts_D, 1), np.nan)
-    documents = pa.table(
-        {
-            "document": pa.array(np.arange(len(table))),
-            "source": table.column("source"),
-            "text_start": table.column("text_start"),
-            "tokens": pa.array(counts_D),
-            "weight": pa.array(mean_D, from_pandas=True),
-        }
-    )
-    parquet.write_table(documents, documents_path)
-    return [rows_path, documents_path]
+    def __init__(self, run: str | Path) -> None:
+        place = RunDirectory.at(Path(run))
+        data, calibration = artefact.load(place.data, "data"), artefact.load(place.calibration, "calibration")
+        if calibration.inputs.get("data") != data.content:
+            problem = "this calibration was made from other data"
+            raise UserError(problem, str(calibration.path), "run `trace-ds calibrate CONFIG` again")
+        self._dataset = TokenDataset.open(data.file("retain.arrow"))
+        self._weight_T = open_mapped(calibration.file("weights.npy"))
+        self.row_weight_R = np.array(open_mapped(calibration.file("row_weights.npy")))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        tokens = slice(*self._dataset.row_starts_R1[index : index + 2])
+        return {"row": self._dataset.row(index), "weights": torch.tensor(self._weight_T[tokens])}
 
 
 def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """Exported rows as one batch, filled at the right.
+    """Rows of :class:`RetainRows` as one batch, filled at the right.
 
     Returns:
         ``input_ids`` int64 [B, S]; ``position_ids`` int64, restarting with each document (this is what keeps attention
@@ -99,10 +65,10 @@ def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str
         t + 1 at position t, 0 where nothing is counted; ``labels`` int64, the token itself where predicting it is
         counted and -100 elsewhere (for frameworks that count labels; they are shifted as usual).
     """
-    batch = batch_of([PackedRow(row["input_ids"], row["document_ids"]) for row in rows], pad_id)
+    batch = batch_of([row["row"] for row in rows], pad_id)
     ids, weights = batch.input_ids_BS, torch.zeros(batch.input_ids_BS.shape)
     for number, row in enumerate(rows):
-        weights[number, : len(row["weights"])] = torch.tensor(row["weights"], dtype=torch.float32)
+        weights[number, : len(row["weights"])] = row["weights"]
     labels = torch.full_like(ids, IGNORED)
     labels[:, 1:] = torch.where(batch.counted_BS[:, :-1], ids[:, 1:], IGNORED)
     return {"input_ids": ids, "position_ids": batch.position_ids_BS, "weights": weights, "labels": labels}

@@ -10,7 +10,6 @@ Shape legend: B rows of a batch, S positions of a row, T tokens in flat order, R
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +72,7 @@ class _OpenRow:
 
 
 def pack(
-    documents: Iterable[Iterable[Sequence[int] | np.ndarray]],
+    documents: Iterable[Sequence[int] | np.ndarray],
     context_length: int,
     packing: str,
     counts: PackingCounts,
@@ -81,40 +80,28 @@ def pack(
     """Yield the packed rows of tokenised documents, streaming.
 
     Args:
-        documents: token ids of each document, in parts (there may be none; the document keeps its index). Each is used
-            up before the next is asked for, and no more of it than a row and a part is in memory.
+        documents: token ids of each (there may be none; the document keeps its index).
         context_length: most tokens of a row.
         packing: ``dense`` (cut wherever a row ends), ``whole`` (never cut a document that fits into a row) or
             ``single`` (one document a row).
         counts: filled while rows are yielded.
     """
     row = _OpenRow()
-    for index, parts in enumerate(documents):
+    for index, ids in enumerate(documents):
+        tokens = np.asarray(ids, dtype=np.int32)
         counts.documents += 1
-        pieces = (np.asarray(part, dtype=np.int32) for part in parts if len(part))
-        begin, size = [], 0  # as much of the document as decides where it begins
-        for piece in pieces:
-            begin.append(piece)
-            size += len(piece)
-            if packing == "dense" or row.tokens + size > context_length:
-                break
-        if not begin:
-            counts.empty_documents += 1
-            continue
-        full = row.tokens == context_length or (packing == "whole" and row.tokens + size > context_length)
-        if row.tokens and (full or packing == "single"):
+        counts.empty_documents += not len(tokens)
+        full = row.tokens == context_length or (packing == "whole" and row.tokens + len(tokens) > context_length)
+        if row.tokens and len(tokens) and (full or packing == "single"):
             yield _counted(row.close(), counts)
-        rows = 1
-        for tokens in itertools.chain(begin, pieces):
-            while len(tokens):
-                room = context_length - row.tokens
-                if room == 0:
-                    yield _counted(row.close(), counts)
-                    rows += 1
-                    continue
-                row.add(tokens[:room], index)
-                tokens = tokens[room:]
-        counts.documents_split += rows > 1
+        pieces = 0
+        while len(tokens):
+            if row.tokens == context_length:
+                yield _counted(row.close(), counts)
+            room = context_length - row.tokens
+            row.add(tokens[:room], index)
+            tokens, pieces = tokens[room:], pieces + 1
+        counts.documents_split += pieces > 1
     if row.tokens:
         yield _counted(row.close(), counts)
 
@@ -221,14 +208,6 @@ class TokenMap:
         last = int(np.searchsorted(self.row_starts_R1, stop, side="right"))
         result_T[self.row_starts_R1[first:last] - 1 - start] = False
         return result_T
-
-    def documents_at(self, position_N: np.ndarray) -> np.ndarray:
-        """The documents of flat positions, which ascend, int32 [N]."""
-        pieces = [np.zeros(0, np.int32)]
-        for start, stop in self.spans():
-            low, high = np.searchsorted(position_N, (start, stop))
-            pieces.append(np.asarray(self.document_ids_T[start:stop])[position_N[low:high] - start])
-        return np.concatenate(pieces)
 
     def row_of(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the row of each token (rows without tokens are never returned)."""

@@ -5,33 +5,24 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trace_ds.config.sections.data import CorpusEntry
-from trace_ds.corpora.records import kind_of, rows_of, stem_of, text_blocks
+from trace_ds.corpora.records import kind_of, rows_of, stem_of, text_of
 from trace_ds.corpora.sources import Named, files_of, open_table
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 from trace_ds.terminal import plain
 
-TEXT_BLOCK_CHARACTERS = 1 << 20
 SHARD = re.compile(r"[-_.]\d+(?:[-_.]of[-_.]\d+)?$")
 
 
 @dataclass(frozen=True)
 class Document:
     text: str
-    source: str
-
-
-@dataclass(frozen=True)
-class TextStream:
-    """A document as blocks of text, to be used up before the next one is asked for."""
-
-    blocks: Iterable[str]
     source: str
 
 
@@ -126,22 +117,16 @@ def records(named: Named, key: str, columns: list[str] | None = None) -> Iterato
 
 
 def read_documents(entries: list[CorpusEntry], key: str = "data") -> Iterator[Document]:
-    """All documents of the entries, in order, one in memory at a time."""
-    for stream in read_streams(entries, key):
-        yield Document("".join(stream.blocks), stream.source)
-
-
-def read_streams(entries: list[CorpusEntry], key: str = "data") -> Iterator[TextStream]:
-    """The same, a text file in blocks of :data:`TEXT_BLOCK_CHARACTERS`.
+    """All documents of the entries, in order, one in memory at a time.
 
     Raises:
         UserError: a line or a column is no text, a file is damaged, or a text holds half of a surrogate pair.
     """
     for entry in entries:
-        yield from (stream for stream in itertools.islice(_streams(entry, key), entry.rows) if stream is not None)
+        yield from (document for document in itertools.islice(_documents(entry, key), entry.rows) if document)
 
 
-def _streams(entry: CorpusEntry, key: str) -> Iterator[TextStream | None]:
+def _documents(entry: CorpusEntry, key: str) -> Iterator[Document | None]:
     """The documents of an entry; None for a row of a table that has no text (null)."""
     files = [] if entry.dataset else files_of(entry, key)
     texts = [path for path in files if kind_of(path) == ".txt"]
@@ -150,13 +135,12 @@ def _streams(entry: CorpusEntry, key: str) -> Iterator[TextStream | None]:
     if texts and entry.template != "{text}":
         raise UserError("a text file has no columns", entry.path, f"take template out of {key}")
     for path in texts:
-        source = entry.source or plain(_file_name(path, texts))
-        yield TextStream(text_blocks(path, TEXT_BLOCK_CHARACTERS), source)
+        yield Document(text_of(path), entry.source or plain(_file_name(path, texts)))
     if not texts:
         parts = entry.parts
         for record in records(entry, key, entry.columns):
             text = _text(record, parts)
-            yield None if text is None else TextStream([text], entry.source or record.source)
+            yield None if text is None else Document(text, entry.source or record.source)
 
 
 def _text(record: Record, parts: list[tuple[str, str | None]]) -> str | None:

@@ -10,7 +10,6 @@ import contextlib
 import csv
 import difflib
 import io
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,8 @@ from trace_ds.errors import UserError
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 KINDS = (*TABLES, ".txt")
 COMPRESSED = (".gz", ".zst")
-MAX_LINE_BYTES = 1 << 30
-MAX_ARRAY_CHARACTERS = 1 << 28  # of a JSON array, which is parsed whole
+MAX_LINE_BYTES = 1 << 28
+MAX_CHARACTERS = 1 << 28  # of a text file or a JSON array, which are read whole
 FIRST_BYTES = 1 << 20  # that may be white space before it
 PARQUET_ROWS = 64  # read at a time: a row can be a book
 
@@ -55,14 +54,17 @@ def open_decompressed(path: Path) -> Iterator[io.BufferedReader]:
         raise UserError(f"not a whole {path.suffix} file ({first_line(error)})", str(path), "copy it again") from None
 
 
-def text_blocks(path: Path, characters: int) -> Iterator[str]:
-    """The text of a file, so many characters at a time; :class:`UserError` when it is not UTF-8."""
+def text_of(path: Path) -> str:
+    """The text of a file; :class:`UserError` when it is not UTF-8, or larger than any document."""
     try:
         with open_decompressed(path) as handle:
-            text = io.TextIOWrapper(handle, encoding="utf-8-sig")
-            yield from iter(lambda: text.read(characters), "")
+            text = io.TextIOWrapper(handle, encoding="utf-8-sig").read(MAX_CHARACTERS + 1)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 (near byte {error.start})", str(path), "convert the file to UTF-8") from None
+    if len(text) > MAX_CHARACTERS:
+        fix = "write JSON Lines (one object a line), which is read as a stream"
+        raise UserError(f"the file has over {MAX_CHARACTERS:,} characters", str(path), fix)
+    return text
 
 
 def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -106,7 +108,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
             where = f"{path}:{number}"
             if len(line) == MAX_LINE_BYTES:
-                raise UserError("the line has a gigabyte or more", where, "cut the document, or make it a .txt file")
+                raise UserError(f"the line has {MAX_LINE_BYTES:,} bytes or more", where, "cut the document")
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -133,10 +135,7 @@ def _is_array(path: Path) -> bool:
 
 def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of an array, which is read whole."""
-    text, fix = "".join(itertools.islice(text_blocks(path, MAX_ARRAY_CHARACTERS), 2)), "an array of objects"
-    if len(text) > MAX_ARRAY_CHARACTERS:
-        problem = f"the array has over {MAX_ARRAY_CHARACTERS:,} characters"
-        raise UserError(problem, str(path), "write JSON Lines (one object a line), which is read as a stream")
+    text, fix = text_of(path), "an array of objects"
     try:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,16 +1,14 @@
-"""The tokenizer of a run: loading without remote code, a fingerprint of its files, documents of any size as ids."""
+"""The tokenizer of a run: loading without remote code, a fingerprint of its files, documents as ids."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,35 +36,13 @@ VOCABULARY_FILES = (
 )
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
-CHUNK_CHARACTERS = 1 << 16  # of a document that is tokenised in one call
-LONGEST_CHUNK_CHARACTERS = 1 << 22  # where no place to cut is found earlier
-CONTEXT_CHARACTERS = 256
-BLOCK = 1 << 20
-BATCH_CHARACTERS, BATCH_CHUNKS = 1 << 20, 256
-# Places where the tokens of what is before and behind rarely depend on each other, in the order they are tried: after
-# the end of a line, before the space between two words, after the end of a sentence, anywhere (in a text without any).
-CUTS = (
-    re.compile(r"(?<=\n)(?=[^\W\d_])"),
-    re.compile(r"(?<=[^\W_])(?= [^\W\d_])"),
-    re.compile(r"(?<=[。！？；，、])(?=\w)"),
-)
-ANYWHERE = re.compile(r"(?<=\S)(?=\S)")
-TRIES = 8
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 20, 256
 
 BUSY = 16  # more threads cannot be kept busy by the one that reads and packs
 AHEAD = 3  # batches under way for each thread
 OWN_THREADS = "TOKENIZERS_PARALLELISM"
 
 Encode = Callable[[list[str]], list[list[int]]]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A part of document ``document`` with the characters before it, whose ids are ``before`` and not the part's."""
-
-    document: int
-    text: str
-    before: tuple[int, ...]
 
 
 def tokenizer_fingerprint(path: str | Path) -> str:
@@ -161,29 +137,28 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     return encode
 
 
-def encode_documents(
-    documents: Iterable[Iterable[str]], encode: Encode, threads: int = 1
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(document number, int32 ids of its next part): together those of the whole document, which is never in memory.
+def encode_documents(documents: Iterable[str], encode: Encode, threads: int = 1) -> Iterator[np.ndarray]:
+    """The int32 ids of each document, in order.
 
-    A long document is cut where the tokens before and behind do not depend on each other (:func:`cut`). Every document
-    comes at least once. The threads encode while this one reads and packs: the tokenizers library runs beside Python.
+    The threads encode while this one reads and packs: the tokenizers library runs beside Python.
 
     Args:
-        documents: each as blocks of text, which are used up one document after the other.
         encode: texts → ids, as :func:`encoder` gives.
     """
-    under_way: deque[Future[list[tuple[int, np.ndarray]]]] = deque()
+    under_way: deque[Future[list[list[int]]]] = deque()
     before, os.environ[OWN_THREADS] = os.environ.get(OWN_THREADS), "false"  # of the library, for each batch
     pool = ThreadPoolExecutor(threads)
+
+    def first() -> Iterator[np.ndarray]:
+        return (np.array(ids, dtype=np.int32) for ids in under_way.popleft().result())
+
     try:
-        chunks = (chunk for number, blocks in enumerate(documents) for chunk in cut(number, blocks, encode))
-        for batch in _batches(chunks):
-            under_way.append(pool.submit(_encode_batch, batch, encode))
+        for batch in _batches(documents):
+            under_way.append(pool.submit(encode, batch))
             if len(under_way) == AHEAD * threads:
-                yield from under_way.popleft().result()
+                yield from first()
         while under_way:
-            yield from under_way.popleft().result()
+            yield from first()
     finally:
         pool.shutdown(cancel_futures=True)
         del os.environ[OWN_THREADS]
@@ -196,68 +171,14 @@ def default_threads() -> int:
     return min(cores, BUSY)
 
 
-def _batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    batch: list[Chunk] = []
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
     characters = 0
-    for chunk in chunks:
-        batch.append(chunk)
-        characters += len(chunk.text)
-        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_CHUNKS:
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _encode_batch(batch: list[Chunk], encode: Encode) -> list[tuple[int, np.ndarray]]:
-    """(document, int32 ids) of each chunk, without those of the context before it."""
-    result = []
-    for chunk, ids in zip(batch, encode([chunk.text for chunk in batch]), strict=True):
-        size = len(chunk.before)
-        if tuple(ids[:size]) != chunk.before:
-            problem = "this tokenizer does not tokenise a long document in pieces as it does the whole"
-            raise UserError(problem, f"{chunk.text[:40]!r}…", "cut it into documents of fewer than 65,536 characters")
-        result.append((chunk.document, np.array(ids[size:], dtype=np.int32)))
-    return result
-
-
-def cut(number: int, blocks: Iterable[str], encode: Encode, size: int = CHUNK_CHARACTERS) -> Iterator[Chunk]:
-    """The chunks of one document, of about ``size`` characters each.
-
-    A cut needs proof from the tokenizer itself: encoded with :data:`CONTEXT_CHARACTERS` on either side, no token lies
-    across it, the tokens before it are those without what follows, and the tokens behind it are the same with a
-    shorter context. Each chunk is encoded behind that context, whose ids are then taken away: a tokenizer that treats
-    the start of a text differently (a space put before it) sees no start there.
-    """
-    text, context, target = "", "", size
-    before: tuple[int, ...] = ()
-    for more in (block[begin : begin + BLOCK] for block in blocks for begin in range(0, len(block), BLOCK)):
-        text += more
-        while len(text) >= target + CONTEXT_CHARACTERS:
-            position = _cut_position(context, text, target, encode)
-            if position is None and target >= LONGEST_CHUNK_CHARACTERS:
-                problem = f"a document has {target:,} characters that cannot be tokenised in pieces"
-                raise UserError(problem, f"{text[:40]!r}…", "cut it into documents")
-            if position is None:
-                target *= 2
-                continue
-            end, context_ids = position
-            yield Chunk(number, context + text[:end], before)
-            context = (context + text[:end])[-CONTEXT_CHARACTERS:]
-            text, before, target = text[end:], context_ids, size
-    yield Chunk(number, context + text, before)
-
-
-def _cut_position(context: str, text: str, target: int, encode: Encode) -> tuple[int, tuple[int, ...]] | None:
-    """The last good position to cut in the second half of ``text[:target]``, and the ids of the context before it."""
-    for pattern in (*CUTS, *([ANYWHERE] if target >= LONGEST_CHUNK_CHARACTERS else [])):
-        positions = [match.start() for match in pattern.finditer(text, target // 2, target)][-TRIES:]
-        for position in reversed(positions):
-            left = (context + text[:position])[-CONTEXT_CHARACTERS:]
-            right = text[position : position + CONTEXT_CHARACTERS]
-            near = left[-CONTEXT_CHARACTERS // 4 :]
-            alone, both, near_alone, near_both = encode([left, left + right, near, near + right])
-            whole = both[: len(alone)] == alone and near_both[: len(near_alone)] == near_alone
-            if whole and both[len(alone) :] == near_both[len(near_alone) :]:
-                return position, tuple(alone)
-    return None

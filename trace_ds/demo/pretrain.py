@@ -111,7 +111,7 @@ def _endless(texts: Sequence[str], tokenizer: Any, rng: random.Random) -> Iterat
     documents = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(list(texts))]  # BOS is put in front
     while True:
         rng.shuffle(documents)
-        rows = list(pack(([ids] for ids in documents), CONTEXT_TOKENS, "whole", PackingCounts()))
+        rows = list(pack(documents, CONTEXT_TOKENS, "whole", PackingCounts()))
         rng.shuffle(rows)
         yield from rows
 

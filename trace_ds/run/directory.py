@@ -65,7 +65,6 @@ class RunDirectory:
     curve = Place("curve.json", is_file=True)
     data = Place("data", shared=True, marker=ours.ARTEFACT)
     calibration = Place("calibration", marker=ours.ARTEFACT)
-    export = Place("export", marker=ours.ARTEFACT)
     model = Place("model", marker=ours.MODEL)
     report = Place("report", marker=ours.ARTEFACT)
     statistics = Place("statistics", shared=True, makes="|".join(SIDES))

@@ -77,7 +77,7 @@ class CalibrateJob:
 
     @property
     def settings(self) -> dict[str, Any]:
-        settings = self.config.calibration.model_dump(mode="json", exclude={"export", "allow_unconverged"})
+        settings = self.config.calibration.model_dump(mode="json", exclude={"allow_unconverged"})
         return {**settings, "apply": self.config.unlearning.apply, "seed": self.config.seed}
 
     @property
@@ -85,10 +85,7 @@ class CalibrateJob:
         return artefacts.identity_of("calibration", self.inputs, self.settings)
 
     def done(self) -> bool:
-        if not artefacts.is_done(self.place.calibration, "calibration", self.identity):
-            return False
-        self.export(artefacts.load(self.place.calibration, "calibration", verify=False))
-        return True
+        return artefacts.is_done(self.place.calibration, "calibration", self.identity)
 
     def run(self, world: World | None = None) -> None:
         """Detect and weigh.
@@ -108,21 +105,7 @@ class CalibrateJob:
             raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
         with stage_log(self.place, "calibrate") as log:
             _make(self, forget, retain, detection, log)
-            calibration = artefacts.load(self.place.calibration, "calibration", verify=False)
-            self.export(calibration)
-            log.done(summary(calibration))
-
-    def export(self, calibration: Artefact) -> None:
-        """``calibration.export``: write the weights as parquet files to ``RUN/export/`` (once)."""
-        if self.config.calibration.export == "none":
-            return
-        from trace_ds.calibration.export import export
-
-        inputs = {"data": self.data.content, "calibration": calibration.content}
-        if not artefacts.is_done(self.place.export, "export", artefacts.identity_of("export", inputs, {})):
-            with replacing_directory(self.place.export) as directory:
-                export(self.data, calibration, directory)
-                artefacts.describe(directory, "export", inputs, {}, {"rows": calibration.summary["rows"]})
+            log.done(summary(artefacts.load(self.place.calibration, "calibration", verify=False)))
 
 
 def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
@@ -193,7 +176,7 @@ def _make(
             calibrated = weigh_tokens(request, trace, spool)
         refuse_useless(config, calibrated, run)
         with replacing_directory(run.calibration) as directory:
-            diagnosis = diagnose(settings, detection, calibrated, tokens, documents, selections, by_rows)
+            diagnosis = diagnose(settings, detection, calibrated, tokens, documents, by_rows)
             write(directory, detection, calibrated, tokens, diagnosis)
             keys = ("rule", "lambda", "ess_fraction", "max_weight", "none_found", "warnings")
             numbers = {"tokens": tokens.tokens, "rows": tokens.rows, "layers": job.retain.summary["layers"]}

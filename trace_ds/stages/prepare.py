@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.data import DataConfig
 from trace_ds.corpora.dataset import (
     DOCUMENT_SCHEMA,
-    TEXT_START_READ,
     ArrowWriter,
     PackingCounts,
     pack,
     text_start,
     write_rows,
 )
-from trace_ds.corpora.read import check_files, corpus_fingerprint, read_streams
+from trace_ds.corpora.read import Document, check_files, corpus_fingerprint, read_documents
 from trace_ds.corpora.tokenizer import (
     default_threads,
     encode_documents,
@@ -36,7 +36,6 @@ from trace_ds.run.log import stage_log
 from trace_ds.stages.inputs import check_vocabulary
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from trace_ds.parallel.world import World
@@ -97,32 +96,19 @@ def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTr
     eos = [tokenizer.eos_token_id] if data.add_eos and tokenizer.eos_token_id is not None else []
     table = ArrowWriter(directory / f"{side}_documents.arrow", DOCUMENT_SCHEMA)
 
-    pending: deque[tuple[str, str]] = deque()  # source and first characters of documents not yet written
+    pending: deque[Document] = deque()  # those that the threads have
 
-    def texts() -> Iterator[Iterator[str]]:
-        for stream in read_streams(entries, f"data.{side}"):
-            blocks = iter(stream.blocks)
-            first = next(blocks, "")
-            pending.append((stream.source, first[:TEXT_START_READ]))
-            yield itertools.chain([first], blocks)
+    def texts() -> Iterator[str]:
+        for document in read_documents(entries, f"data.{side}"):
+            pending.append(document)
+            yield document.text
 
-    def tokenised() -> Iterator[Iterator[Sequence[int] | np.ndarray]]:
-        parts = encode_documents(texts(), encoder(tokenizer), default_threads())
-        for _, group in itertools.groupby(parts, key=lambda part: part[0]):
-            yield document(ids for _, ids in group)
-
-    def document(parts: Iterator[np.ndarray]) -> Iterator[Sequence[int] | np.ndarray]:
-        tokens = 0
-        for ids in parts:
-            if len(ids) and not tokens:
-                tokens = len(bos)
-                yield bos
-            tokens += len(ids)
+    def tokenised() -> Iterator[np.ndarray]:
+        for ids in encode_documents(texts(), encoder(tokenizer), default_threads()):
+            document = pending.popleft()
+            ids = np.concatenate([bos, ids, eos]).astype(np.int32) if len(ids) else ids
+            table.add(document.source, len(ids), text_start(document.text))
             yield ids
-        if tokens:
-            yield eos
-        source, start = pending.popleft()
-        table.add(source, tokens + len(eos) if tokens else 0, text_start(start))
 
     counts = PackingCounts()
     try:

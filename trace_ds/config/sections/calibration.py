@@ -50,9 +50,6 @@ class CalibrationConfig(Section):
         "with the rule over what experts says (all: every expert is matched; selected: nothing is, uniform weights).",
     )
     allow_unconverged: bool = Field(False, description="Go on with weights whose solver ended short of its targets.")
-    export: Literal["none", "parquet"] = Field(
-        "none", description="parquet: also write the weights as a Hugging Face dataset, RUN/export/*.parquet."
-    )
 
     @model_validator(mode="after")
     def _sources(self) -> CalibrationConfig:
