@@ -86,5 +86,5 @@ def tiny_model(shared_folder: None) -> Path:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """The command line in forks of a process that has imported it."""
-    with serving() as found:
-        yield found
+    with serving() as result:
+        yield result

@@ -58,17 +58,17 @@ class Server:
     """Runs ``trace-ds`` in forks of one process that has imported it, one call at a time."""
 
     def __init__(self, variables: dict[str, str] | None = None) -> None:
-        asked, self._asking = Pipe(duplex=False)
+        requested, self._asking = Pipe(duplex=False)
         self._answers, answer = Pipe(duplex=False)
         if variables is None:
-            process = CONTEXT.Process(target=_serve, args=(asked, answer))
+            process = CONTEXT.Process(target=_serve, args=(requested, answer))
             process.start()
             self._wait: Callable[[int], object] = process.join
         else:
-            ends = (asked.fileno(), answer.fileno())
+            ends = (requested.fileno(), answer.fileno())
             command = [sys.executable, __file__, *map(str, ends)]
             self._wait = subprocess.Popen(command, env=variables, pass_fds=ends).wait
-        asked.close(), answer.close()
+        requested.close(), answer.close()
 
     def run(self, arguments: Sequence[str | Path], cwd: Path, *options: Any, **more: Any) -> Result:
         """One call of ``trace-ds ARGUMENTS`` in ``cwd``, as :meth:`start` has it."""
@@ -163,7 +163,7 @@ def _import_all() -> None:
     importlib.import_module("warmed")
 
 
-def _serve(asked: Connection, answer: Connection) -> None:
+def _serve(requested: Connection, answer: Connection) -> None:
     _import_all()
     own = environment()
     os.environ.clear()
@@ -171,7 +171,7 @@ def _serve(asked: Connection, answer: Connection) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of this process
     with contextlib.suppress(EOFError):
         while True:
-            request, began_s = asked.recv(), time.monotonic()
+            request, began_s = requested.recv(), time.monotonic()
             child = os.fork()
             if child == 0:
                 _run(request)
@@ -198,8 +198,8 @@ def _listen(place: str) -> None:
 
 def _keep(connection: socket.socket) -> NoReturn:
     """Run what a connection asks for and tell its status; kill it when the other side is gone."""
-    asked, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-    arguments, folder, variables = json.loads(asked)
+    requested, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    arguments, folder, variables = json.loads(requested)
 
     def begin() -> None:
         os.setsid()

@@ -45,9 +45,9 @@ def texts(count: int, seed: int) -> Rows:
 
 
 def questions(count: int, seed: int, **more: Any) -> Rows:
-    asked = tiny.sentences(count, seed, tiny.WORDS)
+    requested = tiny.sentences(count, seed, tiny.WORDS)
     offered = [tiny.WORDS[(7 * seed + number) % 29 :][:4] for number in range(count)]
-    pairs = enumerate(zip(asked, offered, strict=True))
+    pairs = enumerate(zip(requested, offered, strict=True))
     return [
         {"question": f"{text}?", **more, "choices": four, "answer": (number + seed) % 4}
         for number, (text, four) in pairs
@@ -56,8 +56,8 @@ def questions(count: int, seed: int, **more: Any) -> Rows:
 
 def pairs(count: int, seed: int, *more: str) -> Rows:
     """Questions and answers; ``more``: what TOFU's ``*_perturbed`` have besides."""
-    asked, told, false, other = (tiny.sentences(count, 10 * seed + n, tiny.WORDS) for n in range(4))
-    rows = [{"question": f"{q}?", "answer": a} for q, a in zip(asked, told, strict=True)]
+    requested, summary, false, other = (tiny.sentences(count, 10 * seed + n, tiny.WORDS) for n in range(4))
+    rows = [{"question": f"{q}?", "answer": a} for q, a in zip(requested, summary, strict=True)]
     also = {
         "paraphrased_answer": other,
         "perturbed_answer": [[one, f"{one} salt"] for one in false],
@@ -74,20 +74,22 @@ def muse(**more: dict[str, Rows]) -> Configs:
     passages = [{"prompt": one["text"], "gt": two["text"]} for one, two in zip(texts(3, 5), texts(3, 6), strict=True)]
     private = {side: texts(6, 20 + seed) for seed, side in enumerate(("retain", "forget", "holdout"))}
     train = {side: rows for side, rows in raw.items() if side != "holdout"}
-    found = {"raw": raw, "knowmem": known | solved, "privleak": private, "verbmem": {"forget": passages}}
-    return found | {"train": train} | more
+    result = {"raw": raw, "knowmem": known | solved, "privleak": private, "verbmem": {"forget": passages}}
+    return result | {"train": train} | more
 
 
 def tofu() -> Configs:
     """Each configuration is one file of JSON Lines, split train."""
     perturbed = ("paraphrased_answer", "perturbed_answer", "paraphrased_question")
     plain = {"full": 24, "forget01": 1, "forget05": 2, "forget10": 8, "retain90": 16, "retain95": 17, "retain99": 18}
-    found = {name: pairs(count, 1 + name.startswith("retain")) for name, count in plain.items()}
-    found |= {f"{name}_perturbed": pairs(len(found[name]), 1, *perturbed) for name in list(found) if "forget" in name}
-    found["retain_perturbed"] = pairs(4, 2, *perturbed)
+    result = {name: pairs(count, 1 + name.startswith("retain")) for name, count in plain.items()}
+    result |= {
+        f"{name}_perturbed": pairs(len(result[name]), 1, *perturbed) for name in list(result) if "forget" in name
+    }
+    result["retain_perturbed"] = pairs(4, 2, *perturbed)
     for seed, name in enumerate(("real_authors", "world_facts")):
-        found |= {name: pairs(4, 3 + seed), f"{name}_perturbed": pairs(4, 3 + seed, "perturbed_answer")}
-    return {name: {"train": rows} for name, rows in found.items()}
+        result |= {name: pairs(4, 3 + seed), f"{name}_perturbed": pairs(4, 3 + seed, "perturbed_answer")}
+    return {name: {"train": rows} for name, rows in result.items()}
 
 
 def data_sets() -> dict[str, Configs]:

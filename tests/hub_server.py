@@ -59,8 +59,8 @@ class Blob:
 
     def entry(self, name: str) -> dict[str, Any]:
         lfs = {"oid": self.sha256, "size": self.size, "pointerSize": 130}
-        found = {"type": "file", "oid": self.oid, "size": self.size, "path": name}
-        return found | ({"lfs": lfs} if self.is_large else {})
+        result = {"type": "file", "oid": self.oid, "size": self.size, "path": name}
+        return result | ({"lfs": lfs} if self.is_large else {})
 
 
 @dataclass
@@ -180,14 +180,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, kind: str, name: str, *, files: bool = False) -> Repository:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        found = self.server.repositories.get((kind, name))
-        if found is None or (found.private and token not in found.readers):
+        result = self.server.repositories.get((kind, name))
+        if result is None or (result.private and token not in result.readers):
             missing = (404, "RepoNotFound", "Repository not found")
             raise _Refused(*(missing if token else (401, "RepoNotFound", "Invalid username or password.")))
-        if files and found.gated and token not in found.readers:
-            what = f"Access to {kind[:-1]} {name} is restricted and you are not in the authorized list."
-            raise _Refused(403 if token else 401, "GatedRepo", what)
-        return found
+        if files and result.gated and token not in result.readers:
+            label = f"Access to {kind[:-1]} {name} is restricted and you are not in the authorized list."
+            raise _Refused(403 if token else 401, "GatedRepo", label)
+        return result
 
     def _commit(self, repository: Repository, revision: str) -> str:
         commit = repository.commit_of(unquote(revision))
@@ -209,10 +209,10 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "paths-info":
             entries = [entry for one in body.get("paths", []) for entry in _entries(files, one, commit)]
             return self._send(200, json.dumps(entries).encode(), {})
-        told = {"id": name, "sha": commit, "private": repository.private, "gated": repository.gated and "manual"}
-        told |= {"siblings": [{"rfilename": file} for file in files], "lastModified": DATE, "createdAt": DATE}
-        told |= {"disabled": False, "downloads": 0, "likes": 0, "tags": [], "author": name.partition("/")[0]}
-        return self._send(200, json.dumps(told).encode(), {})
+        summary = {"id": name, "sha": commit, "private": repository.private, "gated": repository.gated and "manual"}
+        summary |= {"siblings": [{"rfilename": file} for file in files], "lastModified": DATE, "createdAt": DATE}
+        summary |= {"disabled": False, "downloads": 0, "likes": 0, "tags": [], "author": name.partition("/")[0]}
+        return self._send(200, json.dumps(summary).encode(), {})
 
     def _tree(self, files: dict[str, Blob], below: str, commit: str, query: Any) -> None:
         prefix = f"{below}/" if below else ""

@@ -168,10 +168,10 @@ def brute_force_scores(model_path: Path, original_path: Path, arrow: Path, rows:
             if ids.shape[1] < 2:
                 continue
             with torch.no_grad():
-                found, before = (model(input_ids=ids, output_router_logits=True) for model in models)
-            nll += float(functional.cross_entropy(found.logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+                result, before = (model(input_ids=ids, output_router_logits=True) for model in models)
+            nll += float(functional.cross_entropy(result.logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
             tokens += ids.shape[1] - 1
-            for one, other in zip(found.router_logits, before.router_logits, strict=True):
+            for one, other in zip(result.router_logits, before.router_logits, strict=True):
                 for a, b in zip(one[:-1].topk(2).indices.tolist(), other[:-1].topk(2).indices.tolist(), strict=True):
                     common, slots = common + len(set(a) & set(b)), slots + 2
     return {"nll": nll / tokens, "overlap": common / slots}
@@ -195,7 +195,7 @@ def collect_matrix(
     from trace_ds.routing.token_files import Recording
     from trace_ds.run.log import StageLog
 
-    found: dict[Cell, dict[str, Any]] = {}
+    result: dict[Cell, dict[str, Any]] = {}
     opened = {rows: TokenDataset.open(Path(path)) for rows, path in datasets.items()}
     recording = Recording(trace=False, nll=False, rows=True, sample_tokens=70)
     arguments: dict[str, Any] = {"recording": recording, "directory": Path(folder)}
@@ -218,8 +218,8 @@ def collect_matrix(
                     sums = asdict(statistics) | {"plain": plain.get((rows, batch))}
                     for name, part in collection.parts.items():
                         sums[name] = np.concatenate(world.gather(np.array(part)))
-                    found[family, dtype, ep, batch, rows] = sums
-    return found
+                    result[family, dtype, ep, batch, rows] = sums
+    return result
 
 
 def same_batches(world: Any, path: str, dataset: Any, batch_rows: int) -> np.ndarray:
@@ -268,7 +268,7 @@ def packed_passes(
     from trace_ds.models.families import inspect_model
     from trace_ds.models.loading import ModelParts
 
-    found = {}
+    result = {}
     for family, path in models.items():
         info = inspect_model(path)
         for ep, stage in ((1, 0), (2, 0), (2, 3)) if family == "mixtral" else ((2, 3),):
@@ -277,8 +277,8 @@ def packed_passes(
             inputs = packed(engine.module, positions(rows), torch.device("cpu"))
             assert "documents" in inputs
             ids = ids_of(rows).roll(world.rank, 0)  # other tokens on the other rank
-            found[family, f"EP {ep}, ZeRO-{stage}"] = pass_with_gradient(engine, engine.module.model, ids, inputs)
-    return found
+            result[family, f"EP {ep}, ZeRO-{stage}"] = pass_with_gradient(engine, engine.module.model, ids, inputs)
+    return result
 
 
 def pass_with_gradient(call: Any, body: Any, ids: Any, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -364,14 +364,14 @@ def killed_collect_job(world: Any, config: str, run_dir: str, overrides: list[st
     import threading
     import time
 
-    def watch() -> None:
+    def observe() -> None:
         partial = Path(run_dir) / "statistics" / "retain.partial"
         while not list(partial.glob(f"state-{world.rank:05d}-*.safetensors")):
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGKILL)
 
     if world.rank == world.size - 1:
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=observe, daemon=True).start()
     collect_job(world, config, run_dir, overrides)
 
 
@@ -416,15 +416,15 @@ def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
                 continue
             with torch.no_grad():
                 model(input_ids=torch.tensor(ids[None].astype(np.int64)))
-            found = np.zeros(shape, dtype=np.int64)
+            result = np.zeros(shape, dtype=np.int64)
             for layer in range(len(outputs)):
                 _, values, indices = outputs[layer][:3]
                 chosen = indices[:-1].reshape(-1).numpy()  # the last position has no loss
-                np.add.at(found[layer], chosen, 1)
+                np.add.at(result[layer], chosen, 1)
                 np.add.at(mass[layer], chosen, values[:-1].double().reshape(-1).numpy())
-            counts += found
-            rows[number] += found
-            documents[int(document)] = documents.get(int(document), 0) + found
+            counts += result
+            rows[number] += result
+            documents[int(document)] = documents.get(int(document), 0) + result
             positions.append(first + where[:-1])
             trace.append(np.stack([outputs[layer][2][:-1].sort().values.numpy() for layer in range(len(outputs))], 1))
         first += len(row.input_ids)

@@ -118,7 +118,7 @@ class GripReference:
             router.register_forward_pre_hook(lambda _m, given, number=number: inputs.__setitem__(number, given[0]))
             for number, router in enumerate(self.routers)
         ]
-        found: list[list[Any]] = [[] for _ in self.routers]
+        results: list[list[Any]] = [[] for _ in self.routers]
         for step in range(self.settings.steps):
             batch = self.batches.at(step, 0, 1).micro_batches[0]
             rows = slice(batch.forget_rows, None)
@@ -130,10 +130,10 @@ class GripReference:
             for number, router in enumerate(self.routers):
                 x = inputs[number].flatten(0, -2).numpy()[where]
                 logits = x @ router.weight.detach().numpy().T
-                found[number].append((x, logits, np.argsort(-logits)[:, : self.model.config.num_experts_per_tok]))
+                results[number].append((x, logits, np.argsort(-logits)[:, : self.model.config.num_experts_per_tok]))
         for hook in hooks:
             hook.remove()
-        return found
+        return results
 
     def constraints(self, passes: list[Any], quota: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         spread = [[each[:: max(1, len(each) // quota)][:quota] for each in looked] for looked in passes]
@@ -146,14 +146,14 @@ class GripReference:
         x: np.ndarray, logits: np.ndarray, chosen: np.ndarray
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Of each expert: the projection [D, D] off what selected it, the inputs that did not, their margins."""
-        found = []
+        results = []
         for expert in range(logits.shape[1]):
             its = np.array([expert in k for k in chosen])
             values, vectors = np.linalg.eigh(x[its].T @ x[its])
             kept = vectors[:, values > 1e-2]
             margins = [min(z[e] for e in k) - z[expert] for z, k in zip(logits[~its], chosen[~its], strict=True)]
-            found.append((np.eye(x.shape[1]) - kept @ kept.T, x[~its], np.array(margins)))
-        return found
+            results.append((np.eye(x.shape[1]) - kept @ kept.T, x[~its], np.array(margins)))
+        return results
 
     def after_update(self, step: int) -> None:
         trained = self.weights()

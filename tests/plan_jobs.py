@@ -122,10 +122,10 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
         ep=loaded.distributed.ep,
         seed=loaded.seed,
     )
-    goal = Unlearning(loaded.unlearning, objective, Multiplier.of(loaded.unlearning, {}))
+    target = Unlearning(loaded.unlearning, objective, Multiplier.of(loaded.unlearning, {}))
 
     def step(number: int, batch: OneBatch) -> None:
-        run_step(engine, world, batch.step, goal, loaded.unlearning, number)
+        run_step(engine, world, batch.step, target, loaded.unlearning, number)
 
     step(0, OneBatch(2, 16, int(info.config["vocab_size"])))  # Adam makes its moments, whatever the batch
     gc.collect()

@@ -187,15 +187,15 @@ PartitionName=short Nodes=n1,n2 MaxTime=10 State=UP
 
     def _processes_on(self, node: str) -> dict[int, list[bytes]]:
         """{process id: command line} of a node's daemon and of all that its jobs run there."""
-        ours, found = f"SLURM_CONF={self.base}/slurm.conf".encode(), {}
+        ours, result = f"SLURM_CONF={self.base}/slurm.conf".encode(), {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # gone meanwhile, or another user's
                 environment = (process / "environ").read_bytes().split(b"\0")
                 command = (process / "cmdline").read_bytes().split(b"\0")
                 is_daemon = b"-N" in command and node.encode() in command
                 if ours in environment and (is_daemon or f"SLURMD_NODENAME={node}".encode() in environment):
-                    found[int(process.name)] = command
-        return found
+                    result[int(process.name)] = command
+        return result
 
     def _start(self, name: str, *arguments: str) -> None:
         program = find_daemon(name)
@@ -229,11 +229,11 @@ PartitionName=short Nodes=n1,n2 MaxTime=10 State=UP
     def _nodes_idle(self) -> bool:
         return self._call("sinfo", "-h", "-N", "-p", "debug", "-o", "%t").stdout.split() == ["idle", "idle"]
 
-    def _wait_until(self, what: str, condition: Callable[[], bool], limit_s: float = 60) -> None:
+    def _wait_until(self, label: str, condition: Callable[[], bool], limit_s: float = 60) -> None:
         deadline = time.monotonic() + limit_s
         while not condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"SLURM: not within {limit_s:.0f} s: {what}\n{self.logs()}")
+                raise TimeoutError(f"SLURM: not within {limit_s:.0f} s: {label}\n{self.logs()}")
             time.sleep(0.25)  # most conditions start a client of SLURM's
 
     # ------------------------------------------------------------------ use
@@ -289,10 +289,12 @@ PartitionName=short Nodes=n1,n2 MaxTime=10 State=UP
         self.wait_until(f"job {job} is over", lambda: self.state(job) not in ACTIVE_STATES, limit_s, job)
         return self.state(job)
 
-    def wait_until(self, what: str, condition: Callable[[], bool], limit_s: float = 60, job: int | None = None) -> None:
+    def wait_until(
+        self, label: str, condition: Callable[[], bool], limit_s: float = 60, job: int | None = None
+    ) -> None:
         """Polls `condition`; on time-out raises TimeoutError with the job's output and the cluster's logs."""
         try:
-            self._wait_until(what, condition, limit_s)
+            self._wait_until(label, condition, limit_s)
         except TimeoutError as error:
             if job is None:
                 raise

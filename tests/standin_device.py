@@ -169,8 +169,8 @@ class Standin(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=DEVICE): made here, then copied by us
         return super().__enter__()  # type: ignore[no-any-return]
 
-    def __exit__(self, *found: Any) -> None:
-        super().__exit__(*found)
+    def __exit__(self, *result: Any) -> None:
+        super().__exit__(*result)
         ACTIVE.pop()
         torch._C._set_only_lift_cpu_tensors(bool(ACTIVE))
 
@@ -210,23 +210,23 @@ class Standin(TorchDispatchMode):
         if ours:
             self._check_sides(name, args, leaves)
             self._count_waits(func, name, args, kwargs)
-        wanted = kwargs.get("device")
-        there = torch.device(wanted).type == "standin" if wanted is not None else bool(ours)
+        expected = kwargs.get("device")
+        there = torch.device(expected).type == "standin" if expected is not None else bool(ours)
         args_here, kwargs_here = tree_map(on_host, (args, kwargs))
-        if there and wanted is not None:
+        if there and expected is not None:
             kwargs_here = {k: v for k, v in kwargs_here.items() if k != "pin_memory"} | {"device": torch.device("cpu")}
         if name == "histc" and not args_here[0].is_floating_point():  # CUDA has it for integers
-            found = func(args_here[0].double(), *args_here[1:], **kwargs_here).to(args_here[0].dtype)
+            actual = func(args_here[0].double(), *args_here[1:], **kwargs_here).to(args_here[0].dtype)
         else:
-            found = func(*args_here, **kwargs_here)
+            actual = func(*args_here, **kwargs_here)
         if not there:
-            return found
+            return actual
         if name.startswith(("empty", "new_empty")):
-            spoil(found)
-        found = tree_map(on_device, found)
+            spoil(actual)
+        actual = tree_map(on_device, actual)
         if torch.is_inference_mode_enabled():  # where torch refuses to tie a view to what it is a view of
-            return args[0] if func._schema.is_mutable and len(func._schema.returns) == 1 else found
-        return return_and_correct_aliasing(func, args, kwargs, found) if ours else found
+            return args[0] if func._schema.is_mutable and len(func._schema.returns) == 1 else actual
+        return return_and_correct_aliasing(func, args, kwargs, actual) if ours else actual
 
     def _check_sides(self, name: str, args: Any, leaves: list[Any]) -> None:
         """RuntimeError where CUDA raises it."""
@@ -256,24 +256,24 @@ class Standin(TorchDispatchMode):
 
     def _to(self, func: Any, source: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         asynchronous = kwargs.pop("non_blocking", False)
-        wanted = kwargs.pop("device", None)
+        expected = kwargs.pop("device", None)
         from_device = isinstance(source, OnDevice)
-        to_device = from_device if wanted is None else torch.device(wanted).type == "standin"
+        to_device = from_device if expected is None else torch.device(expected).type == "standin"
         kwargs.pop("pin_memory", None)
-        found: torch.Tensor = func(on_host(source), **kwargs, device=torch.device("cpu"))
+        actual: torch.Tensor = func(on_host(source), **kwargs, device=torch.device("cpu"))
         if from_device and to_device:
-            return OnDevice(found)
+            return OnDevice(actual)
         if to_device:
             if not (asynchronous and self.is_pinned(source)):
                 self.wait("a copy to the device")
-            return OnDevice(found)
+            return OnDevice(actual)
         if not from_device:
-            return found
+            return actual
         if not asynchronous:
             self.wait("a copy to the host")
-            return found
-        copy = spoil(torch.empty_like(found))
-        self.under_way.append((copy, found.clone()))
+            return actual
+        copy = spoil(torch.empty_like(actual))
+        self.under_way.append((copy, actual.clone()))
         return copy
 
     def _copy_over(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -287,6 +287,6 @@ class Standin(TorchDispatchMode):
     def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
         """In place, on the host's copy, as the process group does it."""
         args_here, kwargs_here = tree_map(on_host, (args, kwargs))
-        found = func(*args_here, **kwargs_here)
+        result = func(*args_here, **kwargs_here)
         back = {id(leaf.host): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnDevice)}
-        return tree_map(lambda leaf: back.get(id(leaf), leaf), found)
+        return tree_map(lambda leaf: back.get(id(leaf), leaf), result)

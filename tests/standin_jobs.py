@@ -33,12 +33,12 @@ def device_of(kind: str) -> Iterator[tuple[Any, Any]]:
     with Standin() as standin:
 
         @contextlib.contextmanager
-        def watch(device: torch.device) -> Iterator[Waits]:
+        def observe(device: torch.device) -> Iterator[Waits]:
             before, waits = Counter(standin.waits), Counter()
             yield waits
             waits.update(standin.waits - before)
 
-        yield gpu_acceptance.lone_world(kind), watch
+        yield gpu_acceptance.lone_world(kind), observe
 
 
 def within(waits: Waits, allowed: int) -> None:
@@ -46,8 +46,8 @@ def within(waits: Waits, allowed: int) -> None:
 
 
 def alike(there: dict[str, Any], here: dict[str, Any], tolerance: float = 1e-4) -> None:
-    found = gpu_acceptance.differences(here, there)
-    assert there.keys() == here.keys() and max(found.values()) <= tolerance, found
+    result = gpu_acceptance.differences(here, there)
+    assert there.keys() == here.keys() and max(result.values()) <= tolerance, result
 
 
 # --- the device itself -----------------------------------------------------------------------------------------------
@@ -79,8 +79,8 @@ def rules() -> None:
         assert torch.equal(there[torch.tensor([1, 0])].cpu(), host[[1, 0]])
         there.masked_fill_(there > 4, 4.0)
         there[there > 3] = 3.0  # filled: nobody waits
-        found = Counter(reason for reason, _ in standin.waits.elements())
-        assert found == {
+        actual = Counter(reason for reason, _ in standin.waits.elements())
+        assert actual == {
             "reads a value": 3,
             "a mask as an index": 1,
             "a shape that depends on values": 1,
@@ -117,9 +117,9 @@ def check_collect(kind: str, family: str, folder: Path, fault: str = "") -> None
     dataset = gpu_acceptance.ragged_rows(folder, "rows")
     cpu = gpu_acceptance.lone_world("cpu")
     here = gpu_acceptance.collect(gpu_acceptance.tiny_model(family, cpu.device), cpu, dataset, folder)
-    with device_of(kind) as (world, watch), planted(fault):
+    with device_of(kind) as (world, observe), planted(fault):
         there = gpu_acceptance.collect(gpu_acceptance.tiny_model(family, world.device), world, dataset, folder)
-        waits = gpu_acceptance.waits_of_collect(family, world, folder, watch)
+        waits = gpu_acceptance.waits_of_collect(family, world, folder, observe)
     alike(there, here)
     within(waits, 6 * WAITS_PER_BATCH)
 
@@ -127,12 +127,12 @@ def check_collect(kind: str, family: str, folder: Path, fault: str = "") -> None
 def check_unlearn(kind: str, job: str, family: str, folder: Path) -> None:
     """Three steps give the losses and weights that they give on the CPU; a fourth waits at most once."""
     steps_here, model_here, _ = gpu_acceptance.unlearn(job, family, gpu_acceptance.lone_world("cpu"), folder)
-    with device_of(kind) as (world, watch):
+    with device_of(kind) as (world, observe):
         steps_there, model_there, step = gpu_acceptance.unlearn(job, family, world, folder)
         weights_there = {name: value.cpu().numpy() for name, value in model_there.state_dict().items()}
         if kind == "cuda":
             *_, step = gpu_acceptance.unlearn(job, family, world, folder, bf16=True)
-        with watch(world.device) as waits:
+        with observe(world.device) as waits:
             step(3)
     for told_there, told_here in zip(steps_there, steps_here, strict=True):
         alike(told_there, told_here)
@@ -142,8 +142,8 @@ def check_unlearn(kind: str, job: str, family: str, folder: Path) -> None:
 
 def check_scorer(kind: str, folder: Path) -> None:
     """Scores, continuations and attacks are those of the CPU; scoring waits at most twice a batch."""
-    with device_of(kind) as (world, watch):
-        there = scores("mixtral", world.device, folder, watch)
+    with device_of(kind) as (world, observe):
+        there = scores("mixtral", world.device, folder, observe)
     here = scores("mixtral", torch.device("cpu"), folder, gpu_acceptance.counted_waits)
     waits = there.pop("waits")
     here.pop("waits")
@@ -151,7 +151,7 @@ def check_scorer(kind: str, folder: Path) -> None:
     within(waits, 2 * 3)
 
 
-def scores(family: str, device: torch.device, folder: Path, watch: Any) -> dict[str, Any]:
+def scores(family: str, device: torch.device, folder: Path, observe: Any) -> dict[str, Any]:
     from trace_ds.config.sections.evaluation import RelearningConfig
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation import attacks
@@ -164,16 +164,16 @@ def scores(family: str, device: torch.device, folder: Path, watch: Any) -> dict[
     tested = LanguageModel(model, load_tokenizer(str(folder)), settings)
     draw = np.random.default_rng(0)
     sequences = [Sequence(tuple(draw.integers(3, 300, 6 + n).tolist()), 2 + n % 3) for n in range(12)]
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
 
     def score(name: str) -> None:
         for number, scored in enumerate(tested.score(sequences, moments=True)):
-            found.update({f"{name} {number} {key}": value for key, value in vars(scored).items()})
+            result.update({f"{name} {number} {key}": value for key, value in vars(scored).items()})
 
-    with watch(device) as waits:
+    with observe(device) as waits:
         score("plain")
     new = tested.continue_greedily([list(one.ids) for one in sequences[:5]], [6] * 5)
-    found["continued"] = [token for tokens in new for token in [len(tokens), *tokens]]
+    result["continued"] = [token for tokens in new for token in [len(tokens), *tokens]]
     decisions = attacks.Decisions()
     forbidden_LE = np.zeros((3, 4), dtype=bool)
     forbidden_LE[:, 1] = True
@@ -182,14 +182,14 @@ def scores(family: str, device: torch.device, folder: Path, watch: Any) -> dict[
         with attacks.forced(model, decide):
             score(name)
     dataset = gpu_acceptance.ragged_rows(folder, "forget")
-    found["routing"] = sample_routing(tested, dataset, 5, 2).indices_TLK
+    result["routing"] = sample_routing(tested, dataset, 5, 2).indices_TLK
     relearning = RelearningConfig(steps=4, lr=1e-2)
     model.requires_grad_(True)
     curve = attacks.relearn(tested, dataset, relearning, 0, lambda: None)["curve"]
-    found["relearned"] = [entry["loss"] for entry in curve[1:]]
+    result["relearned"] = [entry["loss"] for entry in curve[1:]]
     with attacks.forced(model, decisions.repeat()):
         score("repeated")
-    return found | {"waits": waits}
+    return result | {"waits": waits}
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

@@ -99,13 +99,13 @@ def write_rows(folder: Path, rng: np.random.Generator, arguments: argparse.Names
     for start in range(0, arguments.rows, 2000):
         chosen = mean[rng.integers(0, len(mean), min(2000, arguments.rows - start))]
         noise = rng.standard_normal(chosen.shape, np.float32)
-        found = np.minimum(np.maximum(np.rint(chosen + noise * np.sqrt(chosen)), 0), 1024).astype(np.int64)
-        excess = found.sum(axis=2) - 1024 * top_k  # every token selects K experts
-        largest = found.argmax(axis=2)
+        result = np.minimum(np.maximum(np.rint(chosen + noise * np.sqrt(chosen)), 0), 1024).astype(np.int64)
+        excess = result.sum(axis=2) - 1024 * top_k  # every token selects K experts
+        largest = result.argmax(axis=2)
         np.put_along_axis(
-            found, largest[:, :, None], np.take_along_axis(found, largest[:, :, None], 2) - excess[:, :, None], 2
+            result, largest[:, :, None], np.take_along_axis(result, largest[:, :, None], 2) - excess[:, :, None], 2
         )
-        rows[start : start + 2000] = found
+        rows[start : start + 2000] = result
     rows.flush()
 
 

@@ -97,7 +97,7 @@ def dataset_of(folder: Path, vocabulary: int, rows: int, length: int) -> Any:
 
 
 def collecting(
-    world: Any, engine: Any, dataset: Any, shape: dict[str, Any], batch_rows: int, folder: Path, wanted: str
+    world: Any, engine: Any, dataset: Any, shape: dict[str, Any], batch_rows: int, folder: Path, expected: str
 ) -> Callable[[], Any]:
     """A function that collects the dataset as ``trace-ds collect`` does, from opening the parts to the statistics.
 
@@ -108,7 +108,7 @@ def collecting(
     from trace_ds.routing.token_files import Recording
     from trace_ds.run.log import StageLog
 
-    everything, rows = wanted == "everything", wanted != "sums"
+    everything, rows = expected == "everything", expected != "sums"
     recorded = Recording(everything, everything, rows=rows, sample_tokens=SAMPLE_TOKENS if rows else 0)
 
     def run() -> None:
@@ -176,8 +176,8 @@ def counting_time(
                 frozen_pass(engine, batch, world.device)
 
         kinds = {
-            name: collecting(world, engine, dataset, shape, batch_rows, folder, wanted)
-            for name, wanted in (("counting", "collect"), ("sums", "sums"))
+            name: collecting(world, engine, dataset, shape, batch_rows, folder, expected)
+            for name, expected in (("counting", "collect"), ("sums", "sums"))
         }
         taken = rounds_s({"plain": plain, **kinds}, rounds, world.device)
     seconds = {side: statistics.median(value for value, _ in values) for side, values in taken.items()}

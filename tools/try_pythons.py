@@ -35,17 +35,17 @@ def interpreters() -> dict[str, Path]:
     """The oldest interpreter of each promised minor version but the running one, by full version, in order."""
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
     folders = [*map(Path, os.get_exec_path()), Path("/usr/bin"), *pyenv.glob("*/bin")]
-    found: dict[tuple[int, ...], Path] = {}
+    result: dict[tuple[int, ...], Path] = {}
     for path in (folder / f"python{minor}" for folder in folders for minor in MINORS):
         if not path.is_file():
             continue
         done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
         version = re.fullmatch(r"Python (\d+)\.(\d+)\.(\d+)", done.stdout.strip())
         if version:  # a shim of a version manager may have none behind it
-            found.setdefault(tuple(map(int, version.groups())), path)
-    oldest = {version[:2]: version for version in sorted(found, reverse=True)}
+            result.setdefault(tuple(map(int, version.groups())), path)
+    oldest = {version[:2]: version for version in sorted(result, reverse=True)}
     oldest.pop(sys.version_info[:2], None)  # the tests run under it
-    return {".".join(map(str, version)): found[version] for version in sorted(oldest.values())}
+    return {".".join(map(str, version)): result[version] for version in sorted(oldest.values())}
 
 
 def call(folder: Path, *command: str | Path) -> str:
@@ -62,9 +62,9 @@ def call(folder: Path, *command: str | Path) -> str:
 
 def oldest_transformers() -> str:
     """The requirement that only the oldest version of transformers meets that pyproject.toml allows."""
-    found = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert found is not None
-    return f"transformers=={found[1]}"
+    result = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert result is not None
+    return f"transformers=={result[1]}"
 
 
 def try_one(python: Path, folder: Path, *pinned: str) -> str:
@@ -111,24 +111,26 @@ def try_one(python: Path, folder: Path, *pinned: str) -> str:
 
 
 def main() -> int:
-    asked = sys.argv[1:] or list(MINORS)
-    found = {
-        version: path for version, path in interpreters().items() if version.startswith(tuple(f"{m}." for m in asked))
+    requested = sys.argv[1:] or list(MINORS)
+    result = {
+        version: path
+        for version, path in interpreters().items()
+        if version.startswith(tuple(f"{m}." for m in requested))
     }
     running = ".".join(map(str, sys.version_info[:3]))
-    trials = found or {running: Path(sys.executable)}
+    trials = result or {running: Path(sys.executable)}
     failed = 0
     for number, (version, path) in enumerate(trials.items()):
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                told = try_one(path, Path(folder), *([oldest_transformers()] if number == 0 else []))
+                summary = try_one(path, Path(folder), *([oldest_transformers()] if number == 0 else []))
             except SystemExit as error:
-                failed, told = 1, f"FAILED: {error}"
-        print(f"Python {version}: {told} ({time.monotonic() - began:.0f} s)", flush=True)
-    tried = [running, *found]
-    absent = [minor for minor in asked if not any(version.startswith(f"{minor}.") for version in tried)]
-    beside, missing = ", ".join(found) or "none", ", ".join(absent) or "none"
+                failed, summary = 1, f"FAILED: {error}"
+        print(f"Python {version}: {summary} ({time.monotonic() - began:.0f} s)", flush=True)
+    tried = [running, *result]
+    absent = [minor for minor in requested if not any(version.startswith(f"{minor}.") for version in tried)]
+    beside, missing = ", ".join(result) or "none", ", ".join(absent) or "none"
     print(f"Python {running} runs the tests; tried beside it: {beside}; promised and not here: {missing}")
     return failed
 

@@ -16,20 +16,20 @@ class UserError(Exception):
     """The user's input is wrong: one line saying what, where, and how to fix it; exit status 2.
 
     Args:
-        what: what is wrong, in a few words with the offending value.
+        problem: what is wrong, in a few words with the offending value.
         where: the file, configuration key or artefact it was found in.
         fix: what to do about it.
     """
 
     exit_status = EXIT_USER_ERROR
 
-    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, where, fix
+    def __init__(self, problem: str, where: str = "", fix: str = "") -> None:
+        self.problem, self.where, self.fix = problem, where, fix
         super().__init__(self.line())
 
     def line(self) -> str:
-        """The message as one line without control characters: ``where: what. Fix: …``."""
-        text = f"{self.where}: {self.what}" if self.where else self.what
+        """The message as one line without control characters: ``where: problem. Fix: …``."""
+        text = f"{self.where}: {self.problem}" if self.where else self.problem
         if self.fix:
             text = f"{text.rstrip('.')}. Fix: {self.fix}"
         return plain(" ".join(text.split()))
@@ -44,9 +44,9 @@ class JobFailed(RuntimeError):
 
     exit_status = 1
 
-    def __init__(self, what: str, step: int | None = None) -> None:
+    def __init__(self, problem: str, step: int | None = None) -> None:
         self.step = step
-        super().__init__(what)
+        super().__init__(problem)
 
 
 class StopRequested(Exception):

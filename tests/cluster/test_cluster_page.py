@@ -29,14 +29,14 @@ STATUS = {"TRACE_DS_STAGES=doctor": 1, "trace-ds submit try/config.yaml --nodes 
 
 def commands() -> list[tuple[str, list[str]]]:
     """Each command of the page (continued lines joined) with the lines of output shown below it."""
-    found: list[tuple[str, list[str]]] = []
+    results: list[tuple[str, list[str]]] = []
     for block in re.findall(r"^```\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith("$ "):
-                found.append((line[2:].partition("  #")[0].strip(), []))
-            elif found:
-                found[-1][1].append(line)
-    return found
+                results.append((line[2:].partition("  #")[0].strip(), []))
+            elif results:
+                results[-1][1].append(line)
+    return results
 
 
 def comparable(text: str) -> str:

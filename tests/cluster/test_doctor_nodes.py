@@ -20,9 +20,9 @@ from trace_ds.config.load import load_config
 from trace_ds.parallel.environment import free_port
 
 
-def missing(found: list[Check]) -> dict[str, Check]:
-    assert all(check.fix for check in found if check.status != "OK")
-    return {check.name: check for check in found if check.status == "MISS"}
+def missing(result: list[Check]) -> dict[str, Check]:
+    assert all(check.fix for check in result if check.status != "OK")
+    return {check.name: check for check in result if check.status == "MISS"}
 
 
 # Faults of the machine
@@ -99,10 +99,10 @@ def faulty_storage(world: Any, run_dir: str) -> dict[str, list[Check]]:
     def checked(rank: int, fault: Callable[[], object], repair: Callable[[], object]) -> list[Check]:
         if world.rank == rank:
             fault()
-        found = list(nodes.shared_storage_checks(job, path))
+        results = list(nodes.shared_storage_checks(job, path))
         if world.rank == rank:
             repair()
-        return found
+        return results
 
     def limit(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -119,7 +119,7 @@ def test_storage_faults_of_one_node_are_reported_by_all(tmp_path: Path) -> None:
     """No rank is left waiting for one whose system call failed: the collectives stay in step."""
     ranks = run_distributed(faulty_storage, 2, str(tmp_path / "run"))
     assert ranks[0] == ranks[1]
-    faults = {fault: found[-1] for fault, found in ranks[0].items()}
+    faults = {fault: result[-1] for fault, result in ranks[0].items()}
     assert faults["write"].status == "MISS" and "n1 cannot write 1 MiB (File too large)" in faults["write"].detail
     for fault, node, status in (("first", "n1", "MISS"), ("second", "n2", "WARN")):
         check = faults[fault]
@@ -139,12 +139,12 @@ def doctor_on_nodes(world: Any, folder: str) -> list[list[Check] | None]:
     nodes.join_job = lambda: nodes.JoinedRanks(world, world.gather(node))
     nodes.leave_job = lambda ranks: None
     nodes.SEEN_WITHIN_S = 1.0
-    found = []
+    results = []
     for name, run_dir in (("healthy", f"{folder}/healthy/run"), ("faulty", "run")):
         os.chdir(Path(folder) / name / node)
         loaded, _ = load_config(f"{folder}/{name}/config.yaml", [], run_dir)
-        found.append(doctor.check_job(loaded, Path(run_dir)))
-    return found
+        results.append(doctor.check_job(loaded, Path(run_dir)))
+    return results
 
 
 def test_two_nodes(tmp_path: Path, tiny_model: Path) -> None:
@@ -162,7 +162,7 @@ def test_two_nodes(tmp_path: Path, tiny_model: Path) -> None:
     weights.write_bytes(changed)
     (faulty / "n2" / "corpora" / "forget.jsonl").unlink()
     (faulty / "n1" / "run").mkdir()
-    (healthy, found), others = run_distributed(doctor_on_nodes, 2, str(tmp_path))
+    (healthy, result), others = run_distributed(doctor_on_nodes, 2, str(tmp_path))
     assert others == [None, None]
 
     assert missing(healthy) == {}
@@ -174,7 +174,7 @@ def test_two_nodes(tmp_path: Path, tiny_model: Path) -> None:
     assert len({(check.group, check.name) for check in healthy}) == len(healthy)
     assert not list(tmp_path.rglob(".trace-ds*"))
 
-    faults = missing(found)
+    faults = missing(result)
     assert set(faults) == {
         "model: model", "forget: corpora/forget.jsonl", "same bytes on all nodes", "its own checks"
     }  # fmt: skip
@@ -182,5 +182,5 @@ def test_two_nodes(tmp_path: Path, tiny_model: Path) -> None:
     assert "copy it to the nodes again" in faults["model: model"].fix
     assert "n2 cannot read what n1 wrote" in faults["same bytes on all nodes"].detail
     assert "4 does not divide the world size 2" in faults["its own checks"].detail
-    missing_corpus = [c for c in found if c.group == "corpora" and c.status == "MISS"]
+    missing_corpus = [c for c in result if c.group == "corpora" and c.status == "MISS"]
     assert [c.detail for c in missing_corpus] == ["on n2: corpora/forget.jsonl: the corpus file does not exist"]

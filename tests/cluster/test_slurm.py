@@ -548,8 +548,8 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(
     def submit(number: int, stages: str) -> tuple[int, list[object]]:
         """(the job, a command that submits it again)"""
         command = ["submit", config, "--nodes", 2, "--gpus-per-node", 2, "--sbatch", "--cpus-per-task=1"]
-        wanted = {"TRACE_DS_COMMAND": warm, "TRACE_DS_STAGES": stages, "TRACE_DS_VERBOSE": "1"}
-        result = trace_ds(server, cluster, tmp_path, *command, env=REAL | wanted)
+        target = {"TRACE_DS_COMMAND": warm, "TRACE_DS_STAGES": stages, "TRACE_DS_VERBOSE": "1"}
+        result = trace_ds(server, cluster, tmp_path, *command, env=REAL | target)
         assert result.returncode == 0, result.stderr
         record = json.loads((run_dir / "submitted" / str(number) / "jobs.json").read_text())
         ((recorded, job),) = record["jobs"].items()
@@ -590,8 +590,8 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(
         counts = [load_file(path)["counts_LE"] for path in files]
         assert counts[0].sum() > 0 and (counts[0] == counts[1]).all()
     run_distributed(jobs.unlearn_job, 4, str(config), str(undisturbed), [])
-    expected, found = (read_manifest(run / "checkpoints" / name).files for run in (undisturbed, run_dir))
-    assert found == expected  # hashes of the files that hold weights and optimizer states
+    expected, actual = (read_manifest(run / "checkpoints" / name).files for run in (undisturbed, run_dir))
+    assert actual == expected  # hashes of the files that hold weights and optimizer states
 
 
 STUDY = {

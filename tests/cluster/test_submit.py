@@ -125,21 +125,21 @@ def test_python_and_the_scripts_read_the_same_site_file(tmp_path: Path, monkeypa
     places = [tmp_path / "home/.config/trace_ds/site.env", tmp_path / "slurm/site.env", tmp_path / "my.env"]
     script = f'TRACE_DS_HOME={ROOT}; source {ROOT}/slurm/common.sh; read_site; echo "${{CHOSEN:-}}"'
 
-    def found() -> list[str]:
+    def result() -> list[str]:
         read = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
         said = read.stderr.removeprefix("site settings: ").strip()
         assert said == str(submit.site_file() or "none")
         return [said, read.stdout.strip()]
 
-    assert found() == ["none", ""]
+    assert result() == ["none", ""]
     for path in places:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"false; export CHOSEN={path} $UNSET\n")
         if path.name == "my.env":
             monkeypatch.setenv("TRACE_DS_SITE_ENV", str(path))
-        assert found() == [str(path), str(path)]
+        assert result() == [str(path), str(path)]
     monkeypatch.setenv("TRACE_DS_SITE_ENV", "")
-    assert found() == ["none", ""]
+    assert result() == ["none", ""]
 
 
 def test_a_submission_holds_all_that_its_jobs_need(

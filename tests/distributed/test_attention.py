@@ -77,11 +77,11 @@ def alone(inputs: list[torch.Tensor], rows: list[list[int]]) -> torch.Tensor:
 
 def check(inputs: list[torch.Tensor], rows: list[list[int]]) -> None:
     documents = PackedDocuments.of(positions(rows), torch.device("cpu"))
-    found, _ = attention.attend(None, *inputs, None, scaling=0.3, documents=documents)
+    actual, _ = attention.attend(None, *inputs, None, scaling=0.3, documents=documents)
     expected = alone(inputs, rows)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    gradients = (torch.autograd.grad((output * upstream).sum(), inputs) for output in (found, expected))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1))
+    gradients = (torch.autograd.grad((output * upstream).sum(), inputs) for output in (actual, expected))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -186,16 +186,16 @@ def test_what_is_not_known_is_left_alone(family: str, own: dict[str, Any], reaso
 
 def test_engines_see_documents_alone(models: dict[str, Path]) -> None:
     """Expert-parallel and partitioned by ZeRO-3, one kind at least: values, and gradients at the embedding."""
-    for rank, found in enumerate(run_distributed(jobs.packed_passes, 2, {k: str(v) for k, v in models.items()}, ROWS)):
-        assert len(found) == 2 + len(models)
-        for (family, shape), (hidden, gradient) in found.items():
+    for rank, actual in enumerate(run_distributed(jobs.packed_passes, 2, {k: str(v) for k, v in models.items()}, ROWS)):
+        assert len(actual) == 2 + len(models)
+        for (family, shape), (hidden, gradient) in actual.items():
             ids, model = ids_of().roll(rank, 0), loaded(models[family])
             for row, span in spans():
                 expected = jobs.pass_with_gradient(model.model, model.model, ids[row : row + 1, span], {})
                 for one, other in zip((hidden, gradient), expected, strict=True):
                     tolerance = 1e-5 * max(1.0, float(np.abs(other).max()))
-                    told = f"{family} {shape}, rank {rank}, row {row}, {span}"
-                    np.testing.assert_allclose(one[row, span], other[0], rtol=1e-5, atol=tolerance, err_msg=told)
+                    summary = f"{family} {shape}, rank {rank}, row {row}, {span}"
+                    np.testing.assert_allclose(one[row, span], other[0], rtol=1e-5, atol=tolerance, err_msg=summary)
 
 
 def documented(
@@ -205,8 +205,8 @@ def documented(
     parts = []
     for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         one = [tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value)]
-        found = functional.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True)
-        parts.append(found[0].transpose(0, 1))
+        result = functional.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True)
+        parts.append(result[0].transpose(0, 1))
     return torch.cat(parts)
 
 

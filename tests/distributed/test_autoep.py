@@ -25,7 +25,7 @@ def passes(world: Any, path: str, options: dict[str, Any]) -> list[tuple[set[str
     from trace_ds.models.engine import inference_engine
     from trace_ds.unlearning.trainer import training_engine
 
-    found = []
+    results = []
     for given in ({}, options):
         shape: dict[str, Any] = {"dtype": "fp32", "ep": 2, "options": given}
         info = inspect_model(path)
@@ -35,11 +35,11 @@ def passes(world: Any, path: str, options: dict[str, Any]) -> list[tuple[set[str
         ):
             layers = [module for module in engine.module.modules() if type(module).__name__ == autoep.AUTOEP_LAYER]
             with torch.no_grad():
-                asked = engine.module(torch.arange(3, 35).view(2, 16), output_router_logits=True)
-            recorded = asked.router_logits is not None and len(asked.router_logits) == len(layers)
-            found.append(({layer.experts.gate_up_impl for layer in layers}, asked.logits.numpy(), recorded))
+                requested = engine.module(torch.arange(3, 35).view(2, 16), output_router_logits=True)
+            recorded = requested.router_logits is not None and len(requested.router_logits) == len(layers)
+            results.append(({layer.experts.gate_up_impl for layer in layers}, requested.logits.numpy(), recorded))
             engine.destroy()
-    return found
+    return results
 
 
 @pytest.mark.slow

@@ -96,10 +96,10 @@ def test_counts_equal_brute_force(
     eps |= {family: list(range(1, world + 1)) for family in ("mixtral", "deepseek_v3")}
     models = {family: str(families[family]) for family in eps}
     datasets = {rows: str(config.parent / "run" / "data" / "forget.arrow") for rows, config in small_data.items()}
-    found = run_distributed(jobs.collect_matrix, world, models, datasets, eps, str(tmp_path))[0]
+    result = run_distributed(jobs.collect_matrix, world, models, datasets, eps, str(tmp_path))[0]
     padded_only = sum(len(eps.get(family, ())) for family in tiny.MIXING)
-    assert len(found) == 4 * sum(map(len, eps.values())) - 2 * padded_only
-    for cell, sums in found.items():
+    assert len(result) == 4 * sum(map(len, eps.values())) - 2 * padded_only
+    for cell, sums in result.items():
         family, dtype, ep, _, rows = cell
         documents = brute[family, rows]["documents"]
         sizes = documents[:, 0].sum(-1) // 2
@@ -150,7 +150,7 @@ def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int,
         data__context_length=context,
         data__packing="dense",
     )
-    found = collected(config, tmp_path / "two", 2, ep)
+    actual = collected(config, tmp_path / "two", 2, ep)
     folder = tmp_path / "two" / "statistics" / "retain"
     description = artefact.load(folder, "statistics")
     dataset = TokenDataset.open(tmp_path / "run" / "data" / "retain.arrow")
@@ -159,7 +159,7 @@ def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int,
     assert trace.dtype == (np.uint8 if experts == 4 else np.uint16) and len(trace) == len(nll) == dataset.tokens
     counted = dataset.counted(0, dataset.tokens)
     counts = np.stack([np.bincount(trace[counted][:, layer].reshape(-1), minlength=experts) for layer in range(3)])
-    assert (counts == found["retain"].counts_LE).all() and counts[:, 256:].any() == (experts > 256)
+    assert (counts == actual["retain"].counts_LE).all() and counts[:, 256:].any() == (experts > 256)
     row_counts = np.concatenate(open_parts(description, "row_counts"))
     assert row_counts.dtype == (np.uint16 if context == 500 else np.uint8)
     for number, (begin, end) in enumerate(itertools.pairwise(dataset.row_starts_R1)):
@@ -207,12 +207,12 @@ def reduce_large_sums(world: Any) -> RoutingStatistics:
 
 
 def test_sums_over_ranks_beyond_2_31_are_exact() -> None:
-    found = run_distributed(reduce_large_sums, 2)[0]
-    assert found.counts_LE.tolist() == [[2**32 + 1, 10]] and found.tokens == 2**32 + 11
-    assert found.square_LE.tolist() == [[2 * (2**40 + 1) + 2**36, 2]]
-    assert found.cross_LE.tolist() == [[2 * (2**41 + 1) + 2**36, 2]]
-    assert (found.square_tokens, found.documents) == (2 * (2**42 + 1) + 2**36, 7)
-    assert found.gate_mass_LE.tolist() == [[1.0, 2.0**-39]]
+    result = run_distributed(reduce_large_sums, 2)[0]
+    assert result.counts_LE.tolist() == [[2**32 + 1, 10]] and result.tokens == 2**32 + 11
+    assert result.square_LE.tolist() == [[2 * (2**40 + 1) + 2**36, 2]]
+    assert result.cross_LE.tolist() == [[2 * (2**41 + 1) + 2**36, 2]]
+    assert (result.square_tokens, result.documents) == (2 * (2**42 + 1) + 2**36, 7)
+    assert result.gate_mass_LE.tolist() == [[1.0, 2.0**-39]]
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
             (run.statistics / side).mkdir(parents=True)
             made_with = settings | {"rows": side == "retain"}
             artefact.describe(run.statistics / side, "statistics", job.inputs[side], made_with, {})
-        asked = load_config(str(config), list(overrides), path)[0]
-        return check_collect(asked, run, 1).done()
+        requested = load_config(str(config), list(overrides), path)[0]
+        return check_collect(requested, run, 1).done()
 
     assert done(plain) and done(plain | {"nll": True}) and done(plain | {"trace": True})
     assert not done(plain, "unlearning.apply=loss") and done(plain | {"trace": True}, "unlearning.apply=loss")
@@ -261,6 +261,6 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
     assert not done(plain | {"dtype": "bf16"}) and not done(plain | {"top_k": 1})
     assert not done(plain | {"sample_tokens": samples // 2})
     retain = artefact.load(run.statistics / "retain", "statistics")
-    with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as told:
+    with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as error_info:
         require_parts(retain, "row_counts", "the rule x")
-    assert told.value.fix == "run `trace-ds collect CONFIG` again"
+    assert error_info.value.fix == "run `trace-ds collect CONFIG` again"

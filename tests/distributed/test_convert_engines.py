@@ -290,8 +290,8 @@ def test_checkpoint_becomes_the_model_the_engine_held(tmp_path: Path, world: int
     for name, tensor in expected.items():
         assert converted[name].dtype == tensor.dtype, name
         # from transformers 5.24 on DeepSeek's gates stay fp32: ours is the master, what the engine held its rounding
-        found = converted[name].to(dtype) if name.endswith("gate.weight") else converted[name]
-        assert torch.equal(found, tensor.to(found.dtype)), name
+        actual = converted[name].to(dtype) if name.endswith("gate.weight") else converted[name]
+        assert torch.equal(actual, tensor.to(actual.dtype)), name
 
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", output_loading_info=True, experts_implementation="eager"

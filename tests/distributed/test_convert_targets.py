@@ -101,13 +101,13 @@ def test_universal_folder_equals_deepspeeds_own(tmp_path: Path, case: Case) -> N
         if not (ours / name).is_file():
             assert name.startswith("zero/model.") and ".gate.gate." in name  # the alias of the router, for no engine
             continue
-        found = torch.load(ours / name, weights_only=True)
+        actual = torch.load(ours / name, weights_only=True)
         if name.endswith("step.pt"):
-            assert float(found) == float(expected)
+            assert float(actual) == float(expected)
             continue
         tensor = expected["param"] if isinstance(expected, dict) else expected
-        assert torch.equal(found["param"].reshape(-1), tensor.reshape(-1)), name
+        assert torch.equal(actual["param"].reshape(-1), tensor.reshape(-1)), name
         if isinstance(expected, dict) and expected.get("is_expert_param"):
-            assert found["is_expert_param"] and found["ep_num_experts"] == expected["ep_num_experts"]
+            assert actual["is_expert_param"] and actual["ep_num_experts"] == expected["ep_num_experts"]
         compared += 1
     assert compared >= 3 * 20

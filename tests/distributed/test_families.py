@@ -45,8 +45,8 @@ def test_unlearning_with_expert_parallelism_equals_the_reference(family: str, st
     run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides)
     expected = reference_run(str(config), str(run), overrides, 2)
     np.testing.assert_allclose(losses_of(run), expected["losses"], rtol=1e-5)
-    found = weights_of(run, 2, tmp_path / "converted")
-    assert relative(found, expected["weights"], load_file(model / "model.safetensors")) < 2e-3
+    actual = weights_of(run, 2, tmp_path / "converted")
+    assert relative(actual, expected["weights"], load_file(model / "model.safetensors")) < 2e-3
     if family != "qwen2_moe":
         return
     # Two groups of parameters, and shared experts that AutoEP renames, on another shape after the first step.

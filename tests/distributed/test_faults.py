@@ -138,9 +138,9 @@ def test_sigkill_at_random_points_of_saving_loses_nothing(tmp_path: Path) -> Non
         if ends[victim] == -signal.SIGKILL:
             killed += 1
             between += ends[1 - victim] == 0
-        found = check_whole(folder)
-        assert newest <= found <= newest + 1
-        newest = found
+        result = check_whole(folder)
+        assert newest <= result <= newest + 1
+        newest = result
     assert killed >= KILLS // 2  # the others had finished before their moment
     assert between <= killed // 2  # most kills fell before the save was over, and the other rank noticed
     assert run_distributed(save_next, 2, str(folder)) == [newest + 1, newest + 1]
@@ -233,34 +233,34 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
 
 def choose_each(world: Any, root: str) -> list[tuple[int, list[str]]]:
     """What a job would resume from in each folder, and what it says."""
-    found = []
+    results = []
     for name in DAMAGE:
         try:
             chosen, problems = commit.choose(world, Path(root) / name, JOB, "auto")
-            found.append((chosen.step if chosen else 0, problems))
+            results.append((chosen.step if chosen else 0, problems))
         except (UserError, AgreedError) as error:
-            found.append((-1, [str(error)]))
-    return found
+            results.append((-1, [str(error)]))
+    return results
 
 
 def restore_each(world: Any, folder: str) -> list[tuple[int, list[str]]]:
     """What is restored where rank 1 alone cannot load step 3, and neither of the two that are kept; what is told."""
-    found: list[tuple[int, list[str]]] = []
+    results: list[tuple[int, list[str]]] = []
     chosen = read_manifest(Path(folder) / LAST)
     for broken in ((3,), (3, 2)):
-        told: list[str] = []
+        lines: list[str] = []
 
         def load_one(manifest: Manifest, broken: tuple[int, ...] = broken) -> None:
             if world.rank == 1 and manifest.step in broken:
                 raise KeyError("optimizer_state_dict")
 
         try:
-            step = commit.load_newest(world, Path(folder), chosen, load_one, told.append).step
+            step = commit.load_newest(world, Path(folder), chosen, load_one, lines.append).step
         except JobFailed as error:
             step = 0
-            told.append(str(error))
-        found.append((step, told))
-    return found
+            lines.append(str(error))
+        results.append((step, lines))
+    return results
 
 
 def choose_and_restore(world: Any, root: str, folder: str) -> tuple[list[tuple[int, list[str]]], ...]:
@@ -284,7 +284,7 @@ def test_damage_is_named_and_the_newest_complete_checkpoint_is_used(tmp_path: Pa
     (chosen, restored), (chosen_there, restored_there) = results
     assert restored == restored_there and [step for step, _ in chosen] == [step for step, _ in chosen_there]
     assert [step for step, _ in restored] == [2, 0]  # only the newest two are kept
-    assert all(f"{LAST} could not be loaded: KeyError: 'optimizer_state_dict'" in told[0] for _, told in restored)
+    assert all(f"{LAST} could not be loaded: KeyError: 'optimizer_state_dict'" in summary[0] for _, summary in restored)
     assert "no checkpoint in" in restored[1][1][-1] and len(restored[1][1]) == 3
     for (name, (_, expected, text)), (step, problems) in zip(DAMAGE.items(), chosen, strict=True):
         assert step == expected, name

@@ -66,10 +66,10 @@ def test_any_number_of_processes_gives_the_models_of_plain_torch(prepared: tuple
         assert len(expected["losses"]) == 4
         for run in runs.values():
             np.testing.assert_allclose(losses_of(run, name), expected["losses"], rtol=1e-6)
-            found = weights_of(run / "finetune" / name / "model")
-            assert found.keys() == expected["weights"].keys()
+            actual = weights_of(run / "finetune" / name / "model")
+            assert actual.keys() == expected["weights"].keys()
             for tensor, value in expected["weights"].items():
-                np.testing.assert_allclose(found[tensor], value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
+                np.testing.assert_allclose(actual[tensor], value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
     start = weights_of(Path(load_config(str(config), [], None)[0].model.path))
     assert not any(np.array_equal(value, start[tensor]) for tensor, value in expected["weights"].items())
 

@@ -68,22 +68,22 @@ def measure(world: Any, path: str, factor: float) -> hidden_norms.HiddenNorms:
 
 
 def test_the_sink_is_found_and_the_median_does_not_mind_it(tiny_model: Path) -> None:
-    found = measure(ALONE, str(tiny_model), 1e5)
+    result = measure(ALONE, str(tiny_model), 1e5)
     length, offset = norms_of(model_with(tiny_model, 1e5))
-    assert found.sinks == (0,) and found.elsewhere == 0.0
-    assert found.mean == pytest.approx(length.mean(), rel=1e-5)
-    assert found.median == pytest.approx(np.sort(length)[(len(length) - 1) // 2], rel=1e-6)
-    assert found.longest > 100 * found.median and found.mean > 10 * found.median
-    [warning] = found.warnings(LAYER, left_out=True)
+    assert result.sinks == (0,) and result.elsewhere == 0.0
+    assert result.mean == pytest.approx(length.mean(), rel=1e-5)
+    assert result.median == pytest.approx(np.sort(length)[(len(length) - 1) // 2], rel=1e-6)
+    assert result.longest > 100 * result.median and result.mean > 10 * result.median
+    [warning] = result.warnings(LAYER, left_out=True)
     assert "offset 0 of a document" in warning and "left out" in warning
-    assert offset[length > 10 * found.median].max() == 0
+    assert offset[length > 10 * result.median].max() == 0
 
 
 def test_ranks_measure_what_one_process_does(tiny_model: Path) -> None:
     alone = measure(ALONE, str(tiny_model), 1e5)
-    for found in processes.run_distributed(measure, 2, str(tiny_model), 1e5):
-        assert found.median == alone.median and found.sinks == alone.sinks and found.longest == alone.longest
-        assert found.mean == pytest.approx(alone.mean, rel=1e-6)
+    for result in processes.run_distributed(measure, 2, str(tiny_model), 1e5):
+        assert result.median == alone.median and result.sinks == alone.sinks and result.longest == alone.longest
+        assert result.mean == pytest.approx(alone.mean, rel=1e-6)
 
 
 @pytest.mark.parametrize("sinks", [(), (0,)])

@@ -81,9 +81,9 @@ def test_half_of_the_model_and_the_same_weights(
         for held, all_of_it in zip(bytes_of(part, 4), bytes_of(whole, 4), strict=True):
             assert held < 0.55 * all_of_it, (ep, stage)
         assert losses_of(part) == losses_of(whole)
-        found, other = (weights_of(run, 4, tmp_path / f"{run.name}-model") for run in (part, whole))
-        assert found.keys() == other.keys() == base.keys()
-        for name, value in found.items():
+        actual, other = (weights_of(run, 4, tmp_path / f"{run.name}-model") for run in (part, whole))
+        assert actual.keys() == other.keys() == base.keys()
+        for name, value in actual.items():
             assert np.array_equal(value, other[name]), (ep, stage, name)
             assert np.array_equal(value, base[name]) == is_above(name), (ep, stage, name)
 
@@ -117,8 +117,8 @@ def test_the_rest_comes_from_the_base_model_or_is_asked_for(calibrated: tuple[Pa
     expected = weights_of(run, 1, tmp_path / "expected")
     report = convert_checkpoint(step, tmp_path / "model", base_model=base, verify=True)
     assert any(note.startswith("the checkpoint holds the first 2 decoder layers: ") for note in report["notes"])
-    found = load_file(tmp_path / "model" / "model.safetensors")
-    assert found.keys() == expected.keys() and all(np.array_equal(found[n], v) for n, v in expected.items())
+    actual = load_file(tmp_path / "model" / "model.safetensors")
+    assert actual.keys() == expected.keys() and all(np.array_equal(actual[n], v) for n, v in expected.items())
     other, bare = tmp_path / "other", tmp_path / "bare"
     tiny.make_model(other, layers=LAYERS, seed=1)
     shutil.copytree(base, bare, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -28,23 +28,23 @@ def compare_with_transformers(world: Any, paths: list[str]) -> list[str]:
         for dtype in (torch.float32, torch.bfloat16):
             info = inspect_model(path)
             ds_config = base_ds_config(ep=1, info=info, zero_stage=0)
-            found, files = load_share(info.path, dtype, world, ep=1, ds_config=ds_config, parts=ModelParts())
+            actual, files = load_share(info.path, dtype, world, ep=1, ds_config=ds_config, parts=ModelParts())
             expected = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             for kind in ("named_parameters", "named_buffers"):
-                ours = dict(getattr(found, kind)(remove_duplicate=False))
+                ours = dict(getattr(actual, kind)(remove_duplicate=False))
                 theirs = dict(getattr(expected, kind)(remove_duplicate=False))
                 different += [f"{path} {name}" for name in ours.keys() ^ theirs.keys()]
                 for name in ours.keys() & theirs.keys():
                     if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name]):
                         different.append(f"{path} {dtype} {name} {ours[name].dtype} {theirs[name].dtype}")
-            files.prove(found, 1, 0)
-            for name, buffer in found.named_buffers():
+            files.prove(actual, 1, 0)
+            for name, buffer in actual.named_buffers():
                 if name.endswith("e_score_correction_bias"):
                     buffer[0] += 1.0
                     with pytest.raises(AssertionError, match="e_score_correction_bias differs from the files"):
-                        files.prove(found, 1, 0)
+                        files.prove(actual, 1, 0)
                     buffer[0] -= 1.0
-            if "tied" in path and found.lm_head.weight is not found.model.embed_tokens.weight:
+            if "tied" in path and actual.lm_head.weight is not actual.model.embed_tokens.weight:
                 different.append(f"{path} is not tied")
     return different
 
@@ -116,9 +116,9 @@ def test_a_rank_reads_only_what_it_holds_and_proves_it(stage: int, tmp_path: Pat
     total = sum(array.nbytes for array in tensors.values())
     experts = sum(array.nbytes for name, array in tensors.items() if ".experts." in name)
     share = total - experts / 2 if stage == 0 else total / 2
-    for found in run_distributed(load_and_count, 2, str(model), stage):
-        assert found["read"] < 1.05 * share + 400_000, "configuration and headers apart, a rank reads its share"
-        assert found["read"] < 0.8 * total
-        assert found["proved"] == 2 + 1 + 3 * (4 + 2 + 1 + (3 if stage == 0 else 2))
-        assert found["wrong"] and "differs from the files" in found["wrong"]
-        assert found["rotary"]
+    for result in run_distributed(load_and_count, 2, str(model), stage):
+        assert result["read"] < 1.05 * share + 400_000, "configuration and headers apart, a rank reads its share"
+        assert result["read"] < 0.8 * total
+        assert result["proved"] == 2 + 1 + 3 * (4 + 2 + 1 + (3 if stage == 0 else 2))
+        assert result["wrong"] and "differs from the files" in result["wrong"]
+        assert result["rotary"]

@@ -83,9 +83,9 @@ def overrides_of(name: str, ep: int = 1, stage: int = 3) -> list[str]:
 def references(calibrated: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
     config, run = calibrated
     names = OBJECTIVES | OTHERS | ROUTERS
-    found = {name: reference_run(str(config), str(run), overrides_of(name), STEPS) for name in names}
-    assert found["grip"]["broken"]
-    return found
+    result = {name: reference_run(str(config), str(run), overrides_of(name), STEPS) for name in names}
+    assert result["grip"]["broken"]
+    return result
 
 
 @pytest.mark.slow
@@ -109,11 +109,11 @@ def test_losses_and_weights_equal_the_reference(
         expected = references[name]
         # a KL of nearly equal distributions is a difference of logits: its error is absolute
         np.testing.assert_allclose(losses_of(Path(run)), expected["losses"], rtol=1e-6, atol=1e-7, err_msg=name)
-        found = weights_of(Path(run), STEPS, tmp_path / f"{name}-model")
-        errors[name] = relative(found, expected["weights"], start)  # of the change that the steps made
+        actual = weights_of(Path(run), STEPS, tmp_path / f"{name}-model")
+        errors[name] = relative(actual, expected["weights"], start)  # of the change that the steps made
         for tensor, value in expected["weights"].items():
             atol = 1e-6 * float(np.abs(value).max())
-            np.testing.assert_allclose(found[tensor], value, rtol=1e-6, atol=atol, err_msg=f"{name} {tensor}")
+            np.testing.assert_allclose(actual[tensor], value, rtol=1e-6, atol=atol, err_msg=f"{name} {tensor}")
         moved = [tensor for tensor, value in expected["weights"].items() if not np.array_equal(value, start[tensor])]
         assert any("experts" in tensor for tensor in moved) and any("gate" in tensor for tensor in moved)
     assert max(errors.values()) < 5e-4, errors  # the rounding of fp32 against a small change in float64

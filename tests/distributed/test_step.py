@@ -54,8 +54,8 @@ def test_collectives_of_a_step(calibrated: tuple[Path, Path], loss: str, gathers
     gradients."""
     config, run = calibrated
     overrides = [*SHAPE, f"unlearning.forget_loss={loss}"]
-    found = run_distributed(collectives_of_a_step, 2, str(config), str(run), overrides)
-    assert found == [{"allreduce": 2, "allgather_base": gathers, "reduce_scatter_base": 2}] * 2
+    result = run_distributed(collectives_of_a_step, 2, str(config), str(run), overrides)
+    assert result == [{"allreduce": 2, "allgather_base": gathers, "reduce_scatter_base": 2}] * 2
 
 
 def states_of_the_host(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def test_offloaded_states_are_updated_by_all_cores_and_many_ranks_sum_in_fp32(ca
     config, run = calibrated
     offload = Path(__file__).parents[2] / "ds_configs" / "cpu_offload.json"
     overrides = ["model.dtype=bf16", f"unlearning.ds_config={offload}", "unlearning.forget_loss=graddiff"]
-    (found,) = run_distributed(states_of_the_host, 1, str(config), str(run), overrides)
-    assert found == {"update": {len(os.sched_getaffinity(0))}, "after": 1, "sums": torch.float32}
+    (result,) = run_distributed(states_of_the_host, 1, str(config), str(run), overrides)
+    assert result == {"update": {len(os.sched_getaffinity(0))}, "after": 1, "sums": torch.float32}
 
 
 def flags() -> tuple[Any, ...]:
@@ -104,8 +104,8 @@ def test_a_deterministic_job(calibrated: tuple[Path, Path], tmp_path: Path) -> N
     for name, on, cublas in (("without", False, None), ("with", True, ":4096:8")):
         run = copy_of(prepared, tmp_path / name)
         overrides = [f"distributed.deterministic={on}".lower(), "unlearning.steps=2", "unlearning.forget_loss=npo"]
-        (found,) = run_distributed(watched_job, 1, str(config), str(run), overrides)
-        assert found == [
+        (result,) = run_distributed(watched_job, 1, str(config), str(run), overrides)
+        assert result == [
             {(True, False, True, False) if on else (False, True, False, False)},
             (False, True, False, False),
             cublas,

@@ -39,6 +39,6 @@ def test_training_equals_the_single_process_reference(calibrated: tuple[Path, Pa
     expected = reference_run(str(config), runs[0][0], common, 2)
     for run_dir, _ in runs:
         np.testing.assert_allclose(losses_of(Path(run_dir)), expected["losses"], rtol=1e-6, atol=1e-9)
-        found = weights_of(Path(run_dir), 2, tmp_path / f"{Path(run_dir).name}_model")
-        assert found.keys() == base.keys() and not np.array_equal(found[EMBEDDING], base[EMBEDDING])
-        assert relative(found, expected["weights"], base) < 5e-4
+        actual = weights_of(Path(run_dir), 2, tmp_path / f"{Path(run_dir).name}_model")
+        assert actual.keys() == base.keys() and not np.array_equal(actual[EMBEDDING], base[EMBEDDING])
+        assert relative(actual, expected["weights"], base) < 5e-4

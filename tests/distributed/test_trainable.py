@@ -51,9 +51,9 @@ def place(name: str) -> tuple[int, int]:
 
 def affinity_of(run: Path) -> np.ndarray:
     """SEUF's, as test_collect proves it."""
-    found = RoutingStatistics.load(run / "statistics" / "forget" / "statistics.safetensors").row_gate_LE
-    assert found is not None
-    return found
+    result = RoutingStatistics.load(run / "statistics" / "forget" / "statistics.safetensors").row_gate_LE
+    assert result is not None
+    return result
 
 
 def expected_changes(case: str, names: list[str], prepared: Path) -> set[str]:
@@ -87,8 +87,8 @@ def test_the_rest_stays_bitwise(
     runs = [(str(copy_of(prepared, tmp_path / name)), overrides_of(name, ep, stage)) for name in CASES]
     assert not any(map(any, run_distributed(jobs.unlearn_jobs, 2, str(config), runs)))
     for name, (run, _) in zip(CASES, runs, strict=True):
-        found = weights_of(Path(run), STEPS, tmp_path / f"{name}-model")
-        moved = {tensor for tensor, value in start.items() if not np.array_equal(value, found[tensor])}
+        actual = weights_of(Path(run), STEPS, tmp_path / f"{name}-model")
+        moved = {tensor for tensor, value in start.items() if not np.array_equal(value, actual[tensor])}
         assert moved == expected_changes(name, list(start), prepared), name
     run = Path(dict(zip(CASES, runs, strict=True))["seuf"][0])
     lines = map(json.loads, (run / "logs" / "unlearn.jsonl").read_text().splitlines())
@@ -112,8 +112,8 @@ def first_anchor_loss(config: Path, run: Path, overrides: list[str], model_path:
         rows = slice(0, batch.forget_rows)
         ids, positions = batch.input_ids_BS[rows], batch.position_ids_BS[rows]
         with torch.no_grad():
-            found = model(input_ids=ids, position_ids=positions, use_cache=False, output_router_logits=True)
-        gates = torch.softmax(found.router_logits[layer].double(), -1)[batch.counted_BS[rows].reshape(-1)]
+            result = model(input_ids=ids, position_ids=positions, use_cache=False, output_router_logits=True)
+        gates = torch.softmax(result.router_logits[layer].double(), -1)[batch.counted_BS[rows].reshape(-1)]
         total += float((gates - chosen).square().sum())
         tokens += len(gates)
     return total / tokens
@@ -200,8 +200,8 @@ def test_an_update_is_projected_as_one_expert_and_one_input_after_the_other() ->
         GripReference.projected(one, *of_expert, draw, broken)
         for one, of_expert, draw in zip(update, constraints, draws, strict=True)
     ]
-    found = layer.project(torch.tensor(update), torch.tensor(draws)).numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    actual = layer.project(torch.tensor(update), torch.tensor(draws)).numpy()
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
     assert len(set(broken)) > 9, broken
     logits[0, 4] = logits[0].max() + 1.0  # left out all the same: it has no margin, so nothing holds it there
     layer = grip.LayerConstraints.of(*map(torch.tensor, (x, logits, chosen)))

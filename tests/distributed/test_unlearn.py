@@ -79,14 +79,14 @@ def weights_of(run: Path, step: int, folder: Path) -> dict[str, np.ndarray]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-def relative(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> float:
+def relative(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> float:
     """Largest difference of any weight, relative to the largest change that training made to its tensor."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     worst = 0.0
     for name, value in expected.items():
         change = np.abs(value.astype(np.float64) - start[name]).max()
         scale = max(change, 1e-3 * np.abs(value).max())
-        worst = max(worst, float(np.abs(found[name].astype(np.float64) - value).max() / scale))
+        worst = max(worst, float(np.abs(actual[name].astype(np.float64) - value).max() / scale))
     return worst
 
 
@@ -101,10 +101,10 @@ def test_gradients_equal_those_of_one_process(calibrated: tuple[Path, Path], tin
     run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides)
     expected = reference_run(str(config), str(run), overrides, 1)["weights"]
     start = {n: v for path in tiny_model.glob("*.safetensors") for n, v in load_file(path).items()}
-    found = weights_of(run, 1, tmp_path / "model")
-    assert found.keys() == expected.keys() == start.keys()
+    actual = weights_of(run, 1, tmp_path / "model")
+    assert actual.keys() == expected.keys() == start.keys()
     for name, before in start.items():
-        gradient, other = ((weights[name].astype(np.float64) - before) / -1e3 for weights in (expected, found))
+        gradient, other = ((weights[name].astype(np.float64) - before) / -1e3 for weights in (expected, actual))
         assert np.abs(gradient).max() > 0, name
         assert np.abs(other - gradient).max() <= 1e-6 * np.abs(gradient).max(), name
 
@@ -115,8 +115,8 @@ def test_the_load_balancing_loss_never_enters(calibrated: tuple[Path, Path], tin
     config, prepared_run = calibrated
     model = shutil.copytree(tiny_model, tmp_path / "model")
     settings = json.loads((model / "config.json").read_text())
-    asked = {"output_router_logits": True, "router_aux_loss_coef": 10.0}
-    (model / "config.json").write_text(json.dumps(settings | asked))
+    requested = {"output_router_logits": True, "router_aux_loss_coef": 10.0}
+    (model / "config.json").write_text(json.dumps(settings | requested))
     other = tmp_path / "config.yaml"
     other.write_text(config.read_text().replace(str(tiny_model), str(model)))
     plain, auxiliary = copy_of(prepared_run, tmp_path / "plain"), calibrated_run(other, tmp_path / "auxiliary")
@@ -260,12 +260,12 @@ def test_wrong_resumes_are_refused(calibrated: tuple[Path, Path], tmp_path: Path
         return run_distributed(jobs.unlearn_jobs, 1, str(config), [(str(run), change) for change in jobs_changes])[0]
 
     other = "unlearning.alpha=2"
-    found = errors(
+    result = errors(
         ["unlearning.resume=required"], ["unlearning.steps=2"], [other], ["unlearning.zero_stage=1"], []
     )  # the last: more steps of the same job
-    assert "there is no complete checkpoint to resume from" in found[0] and "belongs to another job" in found[2]
-    assert "written with ZeRO stage 3, and this job has 1: a job can change its" in found[3]
-    assert found[1] == found[4] == "" and complete_steps(run / "checkpoints") == ([2, 4], [])
+    assert "there is no complete checkpoint to resume from" in result[0] and "belongs to another job" in result[2]
+    assert "written with ZeRO stage 3, and this job has 1: a job can change its" in result[3]
+    assert result[1] == result[4] == "" and complete_steps(run / "checkpoints") == ([2, 4], [])
     assert errors([other, "unlearning.resume=never"]) == [""]
     assert complete_steps(run / "checkpoints") == ([2, 4], [])
     # killed between the rename of the last checkpoint and what follows it: the rerun makes up for it
@@ -378,10 +378,10 @@ def test_deepspeeds_own_tools_read_our_checkpoints(calibrated: tuple[Path, Path]
     run_as_main("deepspeed.checkpoint.ds_to_universal", *folders)
     weights_of(run, 1, tmp_path / "model")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    found = {
+    actual = {
         name: value for path in (tmp_path / "fp32").glob("*.safetensors") for name, value in load_tensors(path).items()
     }
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in actual)
     write_universal(open_source(step), tmp_path / "ours")
     states = sorted((tmp_path / "ours" / step.name / "zero").glob("*/*.pt"))
     assert len(states) > 3 * 20

@@ -20,11 +20,11 @@ def slow_main(world: Any) -> list[Any]:
         return value
 
     wait_longer(LIMIT_S / 60)
-    found = [
+    results = [
         world.run_on_main_and_broadcast(lambda: work("made")),
         world.run_on_main_first(lambda: work(1) if world.is_main else 2),
     ]
-    return [*found, world.broadcast(work("told") if world.is_main else None)]
+    return [*results, world.broadcast(work("told") if world.is_main else None)]
 
 
 def dying_main(world: Any) -> None:

@@ -21,8 +21,8 @@ def small(world: Any, folder: str) -> str:
     spec.loader.exec_module(tool)
     sizes = ["--hidden", "32", "--layers", "1", "--rows", "2", "--context", "16", "--steps", "2"]
 
-    def child(work: Path, what: str, *arguments: str) -> dict[str, Any]:
-        return tool.run_child(tool.parse([*sizes, "--child", what, *arguments, "--work-dir", str(work)]))
+    def child(work: Path, label: str, *arguments: str) -> dict[str, Any]:
+        return tool.run_child(tool.parse([*sizes, "--child", label, *arguments, "--work-dir", str(work)]))
 
     tool.child = child
     result = tool.measure(tool.parse(sizes), Path(folder))
@@ -33,9 +33,9 @@ def small(world: Any, folder: str) -> str:
 @pytest.mark.slow
 def test_the_step_benchmark_measures_what_it_says(tmp_path: Path) -> None:
     (text,) = run_distributed(small, 1, str(tmp_path))
-    found = json.loads(text)
+    result = json.loads(text)
     ratios = {"step_time_ratio", "cpu_time_ratio", "peak_memory_ratio", "npo_peak_memory_ratio"}
-    assert found.keys() == ratios | {"step_s", "memory_bytes"}
-    assert found["step_s"].keys() == {"trace", "uniform"} and min(found["step_s"].values()) > 0
-    assert found["memory_bytes"].keys() == {"trace", "uniform", "npo", "graddiff"}
-    assert all(found[name] > 0 for name in ("step_time_ratio", "cpu_time_ratio"))
+    assert result.keys() == ratios | {"step_s", "memory_bytes"}
+    assert result["step_s"].keys() == {"trace", "uniform"} and min(result["step_s"].values()) > 0
+    assert result["memory_bytes"].keys() == {"trace", "uniform", "npo", "graddiff"}
+    assert all(result[name] > 0 for name in ("step_time_ratio", "cpu_time_ratio"))

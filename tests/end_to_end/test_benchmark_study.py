@@ -170,17 +170,17 @@ def test_runs_that_cannot_be_are_refused(
 def test_workers_take_turns_on_the_gpus_that_are_given(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / f"nvidia{number}").touch()
-    for ranks, inherited, wanted in (
+    for ranks, inherited, expected in (
         (1, {}, list("01234567")),
         (1, {"CUDA_VISIBLE_DEVICES": "4,5"}, ["4", "5", "4"]),
         (4, {}, ["0,1,2,3", "4,5,6,7", "0,1,2,3"]),
     ):
-        given = [study_module.devices_of(number, ranks, inherited, tmp_path) for number in range(len(wanted))]
-        assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == wanted
+        given = [study_module.devices_of(number, ranks, inherited, tmp_path) for number in range(len(expected))]
+        assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == expected
     assert "CUDA_VISIBLE_DEVICES" not in study_module.devices_of(0, 1, {}, tmp_path / "none")
 
 
-def dies(*asked: Any) -> None:
+def dies(*requested: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 

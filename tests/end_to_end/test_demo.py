@@ -43,8 +43,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
 
 
 def scores(run: Path, name: str) -> dict[str, float]:
-    found = json.loads((run / "evaluation" / f"{name}.json").read_text())["scores"]
-    return {f"{item['task']} {item['metric']}": item["value"] for item in found}
+    result = json.loads((run / "evaluation" / f"{name}.json").read_text())["scores"]
+    return {f"{item['task']} {item['metric']}": item["value"] for item in result}
 
 
 @pytest.mark.slow
@@ -90,8 +90,8 @@ def test_the_terminal_tells_the_story(demo: Path) -> None:
     jobs = {stage: ["", " uniform", " trace_loss"] for stage in ("calibrate", "unlearn", "convert", "evaluate")}
     for stage, names in {"prepare": [""], "collect": [""], **jobs, "report": [""]}.items():
         for name in names:
-            told = [line for line in lines if re.match(rf"\[{stage}{name}\] .+ \([\d.]+ (s|min)\)$", line)]
-            assert len(told) == (1 if name == " trace_loss" else 2), (stage, name, lines)
+            summary = [line for line in lines if re.match(rf"\[{stage}{name}\] .+ \([\d.]+ (s|min)\)$", line)]
+            assert len(summary) == (1 if name == " trace_loss" else 2), (stage, name, lines)
     progress = re.compile(r"\[[a-z_ ]+\] [a-z0-9_ ]+: .* left")
     others = [line for line in lines[:-15] if line.startswith("[") and not progress.match(line)]
     assert all(re.search(r"\([\d.]+ (s|min)\)$", line) for line in others), others

@@ -27,11 +27,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = 2  # to see that a search works; the faults that searches found are in the tables
-WANTED = int(os.environ.get("TRACE_DS_FUZZ", "0"))
+REQUESTED = int(os.environ.get("TRACE_DS_FUZZ", "0"))
 fuzz = settings(
-    max_examples=WANTED or EXAMPLES,
+    max_examples=REQUESTED or EXAMPLES,
     deadline=None,
-    derandomize=not WANTED,
+    derandomize=not REQUESTED,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
@@ -54,21 +54,21 @@ values = st.one_of(
 @st.composite
 def changed_bytes(draw: st.DrawFn, whole: bytes) -> bytes:
     """``whole`` with some bytes replaced, removed, doubled or put in, or cut off."""
-    found = bytearray(whole)
+    result = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
-        begin = draw(st.integers(0, max(len(found) - 1, 0)))
-        end = min(len(found), begin + draw(st.sampled_from([1, 1, 2, 8, 64])))
-        piece = draw(st.one_of(st.binary(max_size=8), st.just(bytes(found[begin:end]) * 2), st.just(b"")))
-        found[begin:end] = piece
-    return bytes(found[: draw(st.integers(0, len(found)))]) if draw(st.integers(0, 7)) == 0 else bytes(found)
+        begin = draw(st.integers(0, max(len(result) - 1, 0)))
+        end = min(len(result), begin + draw(st.sampled_from([1, 1, 2, 8, 64])))
+        piece = draw(st.one_of(st.binary(max_size=8), st.just(bytes(result[begin:end]) * 2), st.just(b"")))
+        result[begin:end] = piece
+    return bytes(result[: draw(st.integers(0, len(result)))]) if draw(st.integers(0, 7)) == 0 else bytes(result)
 
 
 @st.composite
 def changed_json(draw: st.DrawFn, whole: Any) -> Any:
     """``whole`` with one to three values at any depth replaced, removed or put under another key."""
-    found = copy.deepcopy(whole)
+    result = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, 3))):
-        node = found
+        node = result
         while True:
             keys = list(node) if isinstance(node, dict) else list(range(len(node)))
             if not keys:
@@ -85,7 +85,7 @@ def changed_json(draw: st.DrawFn, whole: Any) -> Any:
                 if kind == "rename":
                     node[draw(st.text(max_size=9))] = value
             break
-    return found
+    return result
 
 
 def dumped(value: Any) -> bytes:
@@ -235,7 +235,7 @@ def test_safetensors(server: Server, template: Path, data: st.DataObject) -> Non
     ends_well(server, template, put("model/model.safetensors", struct.pack("<Q", said) + header + rest), *command)
 
 
-many = settings(fuzz, max_examples=WANTED * 20 or 100)
+many = settings(fuzz, max_examples=REQUESTED * 20 or 100)
 one = st.sampled_from([*YAML_SCRAPS, "9", "a", "- a\n", "a: b\n", "abc", "&a [*a]"])
 scraps = one | st.tuples(one, one).map("".join) | st.lists(one, max_size=6).map("".join)
 

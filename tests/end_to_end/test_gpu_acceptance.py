@@ -47,9 +47,9 @@ def test_every_kind_of_part_goes_through(
 ) -> None:
     processes = SimpleNamespace(run=forked, TimeoutExpired=subprocess.TimeoutExpired)
     monkeypatch.setattr(gpu_acceptance, "subprocess", processes)
-    status, found = accept("--only", *KINDS)
-    parts = found["parts"]
-    assert status == 0 and found["ok"], {name: part for name, part in parts.items() if not part["ok"]}
+    status, result = accept("--only", *KINDS)
+    parts = result["parts"]
+    assert status == 0 and result["ok"], {name: part for name, part in parts.items() if not part["ok"]}
     assert parts.keys() == set(KINDS)
     assert {name.split("_")[0] for name in (*KINDS, ALONE)} == {name.split("_")[0] for name in gpu_acceptance.PARTS}
     assert {job: held["worst"][1] for job, held in parts["correct_unlearn"].items() if job in gpu_acceptance.JOBS} == (
@@ -71,13 +71,13 @@ def test_a_part_that_fails_leaves_the_others(accept: Callable[..., tuple[int, An
     parts are started as the tool does it."""
     with zipfile.ZipFile(tmp_path / "deepspeed-0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("deepspeed/__init__.py", "raise ImportError('this DeepSpeed is broken')")
-    status, found = accept("--wheels", str(tmp_path), "--only", "zero3_mixtral", ALONE)
-    assert status == 1 and not found["ok"]
-    assert "this DeepSpeed is broken" in found["parts"]["zero3_mixtral"]["error"]
-    check_speed(found["parts"][ALONE])
+    status, result = accept("--wheels", str(tmp_path), "--only", "zero3_mixtral", ALONE)
+    assert status == 1 and not result["ok"]
+    assert "this DeepSpeed is broken" in result["parts"]["zero3_mixtral"]["error"]
+    check_speed(result["parts"][ALONE])
 
 
 def test_a_part_that_takes_too_long_is_ended() -> None:
     options = gpu_acceptance.parse(["--device", "cpu", "--tiny"])
-    found = gpu_acceptance.run_part("correct_collect", options, 0.5)
-    assert not found["ok"] and found["error"] == "not done after 0 s"
+    result = gpu_acceptance.run_part("correct_collect", options, 0.5)
+    assert not result["ok"] and result["error"] == "not done after 0 s"

@@ -46,13 +46,13 @@ class Place:
     models: Path
     commits: dict[str, str]
 
-    def offline(self, *arguments: str | Path, cwd: Path, told: str = "") -> None:
+    def offline(self, *arguments: str | Path, cwd: Path, summary: str = "") -> None:
         """``trace-ds ARGUMENTS`` must do without the hub, or say why not."""
-        asked = len(self.hub.requests)
+        requested = len(self.hub.requests)
         done = self.away.run(arguments, cwd, **JOB)
-        assert done.returncode == (2 if told else 0), done.stdout[-2000:] + done.stderr[-3000:]
-        assert told in done.stderr
-        assert self.hub.requests[asked:] == []
+        assert done.returncode == (2 if summary else 0), done.stdout[-2000:] + done.stderr[-3000:]
+        assert summary in done.stderr
+        assert self.hub.requests[requested:] == []
 
 
 def replica(source: Path, folder: Path, *, shards: bool = False) -> Path:
@@ -139,8 +139,8 @@ def test_fetched_once_a_whole_run_needs_no_network(place: Place, tmp_path: Path)
     assert record["models"]["org/gold@v1"]["commit"] == place.commits["org/gold"]
     assert record["data"] == {"org/texts": {"commit": place.commits["org/texts"]}}
     assert record["tasks"] == {"wmdp_cyber": {"commits": {"cais/wmdp": place.commits["cais/wmdp"]}}}
-    asked = [line for line in place.hub.requests if line.endswith(tuple(OTHER_FILES))]
-    assert asked == [], "a pickle, code or the weights of another format were asked for"
+    requested = [line for line in place.hub.requests if line.endswith(tuple(OTHER_FILES))]
+    assert requested == [], "a pickle, code or the weights of another format were asked for"
 
     place.offline("run", config, "--run-dir", run, cwd=tmp_path)
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["path"] == "org/tiny"
@@ -166,21 +166,21 @@ def test_prepare_brings_the_tokenizer_and_no_weights(place: Place, tmp_path: Pat
     config = written(tmp_path, name)
     done = place.server.run(["prepare", config, "--run-dir", tmp_path / "run"], tmp_path)
     assert done.returncode == 0, done
-    asked = [line for line in place.hub.requests if name in line and "resolve/" in line]
-    assert any("tokenizer.json" in line for line in asked)
-    assert not any(".safetensors" in line for line in asked)
+    requested = [line for line in place.hub.requests if name in line and "resolve/" in line]
+    assert any("tokenizer.json" in line for line in requested)
+    assert not any(".safetensors" in line for line in requested)
 
 
 def test_a_directory_that_is_there_wins(place: Place, tmp_path: Path) -> None:
     shutil.copytree(place.models / "model", tmp_path / "org" / "unknown")
-    asked = len(place.hub.requests)
+    requested = len(place.hub.requests)
     done = place.server.run(["prepare", written(tmp_path, "org/unknown"), "--run-dir", "run"], tmp_path)
     assert done.returncode == 0, done
-    assert place.hub.requests[asked:] == []
+    assert place.hub.requests[requested:] == []
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "summary"),
     [
         ("org/none", ("there is no directory org/none", "the hub has no model org/none", "log in")),
         ("org/gated", ("org/gated is gated", "/org/gated, log in")),
@@ -188,10 +188,12 @@ def test_a_directory_that_is_there_wins(place: Place, tmp_path: Path) -> None:
         ("org/pickles", ("no safetensors weights (pickles are never read)",)),
     ],
 )
-def test_models_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, name: str, told: tuple[str, ...]) -> None:
+def test_models_that_cannot_be_had_are_refused(
+    place: Place, tmp_path: Path, name: str, summary: tuple[str, ...]
+) -> None:
     fetch = ["fetch", written(tmp_path, name), "--run-dir", tmp_path / "run"]
     line = refuse(place.server, tmp_path, *fetch)
-    assert "model.path: " in line and all(text in line for text in told), line
+    assert "model.path: " in line and all(text in line for text in summary), line
     if name == "org/gated":  # it comes for those who may
         done = place.server.run(fetch, tmp_path, {"HF_TOKEN": "friend"})
         assert done.returncode == 0 and place.commits["org/gated"][:12] in done.stdout, done
@@ -220,10 +222,10 @@ def test_without_a_network_and_a_cache(place: Place, tmp_path: Path) -> None:
 def test_a_hub_that_does_not_answer_as_one(place: Place, tmp_path: Path, answer: bytes | None) -> None:
     place.hub.add("models", "org/odd", place.models / "model")
     place.hub.answers["org/odd"] = answer
-    asked = len(place.hub.requests)
+    requested = len(place.hub.requests)
     line = refuse(place.server, tmp_path, "prepare", written(tmp_path, "org/odd"), "--run-dir", "run", time_s=60)
     assert "org/odd is not whole in the hub's cache" in line and "does not give it (" in line, line
-    assert len(place.hub.requests) == asked + 1
+    assert len(place.hub.requests) == requested + 1
 
 
 def test_a_revision_that_moved_since_fetch_is_refused(place: Place, tmp_path: Path) -> None:
@@ -260,10 +262,12 @@ def test_a_task_whose_data_moved_since_fetch_is_refused(place: Place, tmp_path: 
     second = place.hub.add("datasets", "cais/wmdp", place.models / "wmdp")
     line = refuse(place.server, tmp_path, "run", config, "--run-dir", run)
     assert f"evaluation.tasks.cyber: cais/wmdp has moved since it was fetched, from {first} to {second}" in line
-    asked = [{"dataset": "cais/wmdp", "config": "wmdp-cyber", "template": "{question}"}]
-    other = written(tmp_path / "other", str(place.models / "model"), data__forget=asked)
+    requested = [{"dataset": "cais/wmdp", "config": "wmdp-cyber", "template": "{question}"}]
+    other = written(tmp_path / "other", str(place.models / "model"), data__forget=requested)
     assert place.server.run(["fetch", other, "--run-dir", tmp_path / "came"], tmp_path).returncode == 0
-    place.offline("evaluate", config, "--run-dir", run, cwd=tmp_path, told="cais/wmdp has moved since it was fetched")
+    place.offline(
+        "evaluate", config, "--run-dir", run, cwd=tmp_path, summary="cais/wmdp has moved since it was fetched"
+    )
     place.hub.repositories["datasets", "cais/wmdp"].refs["main"] = first  # as the other tests know it
 
 
@@ -277,7 +281,7 @@ def test_a_task_without_its_data_is_refused_before_the_first_stage(place: Place,
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "summary"),
     [
         ({"dataset": "org/none"}, "org/none: the hub has no such data set, or it is private. Fix: correct the name"),
         ({"dataset": "org/shut"}, "org/shut: the data set is gated: its terms must be accepted first. Fix: accept"),
@@ -285,17 +289,17 @@ def test_a_task_without_its_data_is_refused_before_the_first_stage(place: Place,
         ({"dataset": "org/texts", "split": "trian"}, "the data set has no split 'trian'. Fix: did you mean 'train'?"),
     ],
 )
-def test_data_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, data: dict[str, str], told: str) -> None:
+def test_data_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, data: dict[str, str], summary: str) -> None:
     place.hub.add("datasets", "org/shut", place.models / "texts", gated=True, readers=("friend",))
     config = written(tmp_path, str(place.models / "model"), data__forget=[data])
-    assert told in refuse(place.server, tmp_path, "fetch", config, "--run-dir", tmp_path / "run")
+    assert summary in refuse(place.server, tmp_path, "fetch", config, "--run-dir", tmp_path / "run")
 
 
 def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:
     name = "org/looked-at"
     place.hub.add("models", name, place.models / "model")
     config, run = written(tmp_path, name), tmp_path / "run"
-    asked = len(place.hub.requests)
+    requested = len(place.hub.requests)
     shown = place.server.run(["run", config, "--run-dir", run, "--dry-run"], tmp_path)
     assert shown.returncode == 0 and f"path: {name}" in shown.stdout, shown
     assert "not ready" in shown.stdout and "trace-ds fetch CONFIG" in shown.stdout
@@ -306,7 +310,7 @@ def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     line = refuse(place.server, tmp_path, "collect", config, "--run-dir", run, variables=rank)
     assert name in line and "`trace-ds fetch CONFIG` brings it" in line
-    assert place.hub.requests[asked:] == []
+    assert place.hub.requests[requested:] == []
     assert not run.exists()
 
 
@@ -321,13 +325,13 @@ def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
         checks = json.loads(place.server.run(doctor, tmp_path, time_s=120).stdout)
         return [check for check in checks if check["group"] == "hub"], {check["group"] for check in checks}
 
-    found, groups = of_the_hub()
-    assert [check["name"] for check in found] == keys
-    assert all((check["status"], check["fix"]) == ("MISS", "trace-ds fetch CONFIG") for check in found)
+    result, groups = of_the_hub()
+    assert [check["name"] for check in result] == keys
+    assert all((check["status"], check["fix"]) == ("MISS", "trace-ds fetch CONFIG") for check in result)
     assert "run" not in groups, "said once"
     assert place.server.run(["fetch", config, "--run-dir", run], tmp_path, time_s=120).returncode == 0
-    found, groups = of_the_hub()
-    assert [(check["name"], check["status"]) for check in found] == [(key, "OK") for key in keys]
+    result, groups = of_the_hub()
+    assert [(check["name"], check["status"]) for check in result] == [(key, "OK") for key in keys]
     assert "run" in groups
     record = json.loads((run / "fetched.json").read_text())
     record["models"]["org/examined"]["commit"] = "0" * 40

@@ -35,15 +35,15 @@ KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation
 def final_artefacts(run: Path) -> dict[str, bytes]:
     """Everything a run leaves but logs, TensorBoard files, locks, and what the page says of the time that training took
     (the only places where times are)."""
-    found = {}
+    result = {}
     for part in KEPT:
         for name, content in tree(run / part).items():
             if "/logs/" not in f"/{name}" and "/tb/" not in f"/{name}" and not name.endswith(".lock"):
-                found[f"{part}/{name}"] = content
-    page = re.sub(rb"[\d,]+ s \([\d.e+-]+ s a step\)", b"", found["report/index.html"])
-    described = json.loads(found["report/artefact.json"])
+                result[f"{part}/{name}"] = content
+    page = re.sub(rb"[\d,]+ s \([\d.e+-]+ s a step\)", b"", result["report/index.html"])
+    described = json.loads(result["report/artefact.json"])
     del described["files"]["index.html"], described["content"]
-    return found | {"report/index.html": page, "report/artefact.json": json.dumps(described).encode()}
+    return result | {"report/index.html": page, "report/artefact.json": json.dumps(described).encode()}
 
 
 @pytest.mark.slow
@@ -62,9 +62,9 @@ def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path, ser
         assert result.returncode == -signal.SIGKILL, (stage, result)
     result = server.run(command, tmp_path, **JOB)
     assert result.returncode == 0, result.stderr[-3000:]
-    expected, found = final_artefacts(undisturbed), final_artefacts(disturbed)
-    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
-    different = [name for name in expected if found[name] != expected[name]]
+    expected, actual = final_artefacts(undisturbed), final_artefacts(disturbed)
+    assert actual.keys() == expected.keys(), sorted(actual.keys() ^ expected.keys())
+    different = [name for name in expected if actual[name] != expected[name]]
     assert not different, different
 
 

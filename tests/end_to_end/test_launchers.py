@@ -48,10 +48,10 @@ def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def artefacts(run_dir: Path) -> dict[str, bytes]:
-    found = {}
+    result = {}
     for part in MAKES.values():
-        found |= {f"{part}/{name}": content for name, content in tree(run_dir / part).items()}
-    return found
+        result |= {f"{part}/{name}": content for name, content in tree(run_dir / part).items()}
+    return result
 
 
 @pytest.mark.slow
@@ -77,9 +77,9 @@ def test_all_launchers_give_the_same_bytes(prepared: Path, server: Server) -> No
     assert any(name.startswith("checkpoints/step_000002/") for name in expected)
     assert "statistics/retain/statistics.safetensors" in expected
     for name in LAUNCHERS:
-        found = artefacts(folder / name)
-        assert found.keys() == expected.keys(), name
-        different = [file for file in expected if found[file] != expected[file]]
+        actual = artefacts(folder / name)
+        assert actual.keys() == expected.keys(), name
+        different = [file for file in expected if actual[file] != expected[file]]
         assert not different, (name, different)
 
 

@@ -37,7 +37,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def few_questions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_pretrained, "ASKED", {"forget": 60, "utility": 90})
+        patch.setattr(make_pretrained, "TRIAL_QUESTIONS", {"forget": 60, "utility": 90})
         patch.setattr(make_pretrained, "HELDOUT", 16)
         patch.setattr(make_pretrained, "THREADS", 1)  # two of them wait for each other on cores that others use too
         yield
@@ -81,12 +81,12 @@ def test_the_quality_table(built: Path) -> None:
 
 
 def test_repair_and_distillation_bring_it_back_to_the_dense_model(dense: Path) -> None:
-    told: list[str] = []
-    moe = make_pretrained.split(make_pretrained.load_dense(dense), TOKENS_RT, SHAPE, told.append)
-    errors = [[float(part.split()[-1]) for part in line.split(";")[0].split(",")] for line in told]
+    lines: list[str] = []
+    moe = make_pretrained.split(make_pretrained.load_dense(dense), TOKENS_RT, SHAPE, lines.append)
+    errors = [[float(part.split()[-1]) for part in line.split(";")[0].split(",")] for line in lines]
     assert len(errors) == SHAPE.layers and all(after < 0.9 * before for before, after in errors)
     batches = make_pretrained.mixed_batches(TOKENS_RT, TOKENS_RT[:, :9].tolist(), 4, 8, pad=2, seed=0)
-    divergences = make_pretrained.distil(moe, make_pretrained.load_dense(dense), batches, 40, told.append)
+    divergences = make_pretrained.distil(moe, make_pretrained.load_dense(dense), batches, 40, lines.append)
     assert sum(divergences[-1]) < 0.8 * sum(divergences[0])
 
 

@@ -96,10 +96,10 @@ def from_fetch_to_report(place: Place, folder: Path, words: list[str]) -> Path:
     """The run directory (the default one) of a whole run; after ``fetch`` nothing is asked of the hub."""
     fetched = place.server.run(["fetch", *words], folder, {"HF_TOKEN": READER}, time_s=300)
     assert fetched.returncode == 0, fetched
-    asked = len(place.hub.requests)
+    requested = len(place.hub.requests)
     done = place.without.run(["run", *words], folder, time_s=600, memory_bytes=8 << 30)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert place.hub.requests[asked:] == []
+    assert place.hub.requests[requested:] == []
     return folder / "runs" / f"{words[0]}-{words[1]}"
 
 
@@ -118,17 +118,17 @@ def check_report(
     assert models == {"original", "unlearned", *variants} | (set() if "wmdp" in task else {"retrained"})
     tasks = {each.name for each in load_config([task, model])[0].evaluation.tasks}
     assert {score["task"] for score in scores} >= tasks - {*without}
-    found = {(score["model"], score["task"], score["metric"]): score["value"] for score in scores}
+    result = {(score["model"], score["task"], score["metric"]): score["value"] for score in scores}
     if "wmdp" in task:
-        assert all(0 <= found["unlearned", name, "acc"] <= 1 for name in {task, "mmlu"} - {*without})
+        assert all(0 <= result["unlearned", name, "acc"] <= 1 for name in {task, "mmlu"} - {*without})
     if "muse" in task:
         result_of = json.loads((run / "evaluation" / "unlearned.json").read_text())
         (note,) = (score["note"] for score in result_of["scores"] if score["metric"] == "priv_leak")
         assert note.startswith("AUC of the retrained model retrained")
     if "tofu" in task:
-        assert found["retrained", "tofu_forget", "forget_quality"] == 1
-        assert 0 <= found["unlearned", "tofu_forget", "forget_quality"] <= 1
-        assert 0 <= found["unlearned", "tofu_retain", "model_utility"] <= 1
+        assert result["retrained", "tofu_forget", "forget_quality"] == 1
+        assert 0 <= result["unlearned", "tofu_forget", "forget_quality"] <= 1
+        assert 0 <= result["unlearned", "tofu_retain", "model_utility"] <= 1
     if "wmdp" not in task:
         card = (run / "finetune" / "target" / "model" / "README.md").read_text()
         assert f"base_model: {json.dumps(hub_id(model))}" in card
@@ -183,17 +183,17 @@ def test_scores_are_those_of_the_command(place: Place, tmp_path: Path) -> None:
     result = json.loads((run / "evaluation" / "original.json").read_text())
     ours = {score["task"]: score["value"] for score in result["scores"] if score["metric"] == "acc"}
     theirs = {}
-    for name, asked, options in (
+    for name, requested, options in (
         ("plain", "wmdp_cyber,mmlu", ()),
         ("shots", "mmlu", ("--num_fewshot", "5", "--apply_chat_template")),
     ):
         words = [
             *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "16"),
-            *("--model_args", f"pretrained={hub_id(model)},dtype=float32", "--tasks", asked),
+            *("--model_args", f"pretrained={hub_id(model)},dtype=float32", "--tasks", requested),
             *("--output_path", str(tmp_path / name), *options),
         ]
         done = command.run(words, tmp_path, 800, place.hub.environment(place.home, offline=True))
         assert done.returncode == 0, done.stderr[-2000:]
         results = json.loads(next((tmp_path / name).rglob("results_*.json")).read_text(encoding="utf-8"))["results"]
-        theirs |= {name if name == "shots" else task: results[task]["acc,none"] for task in asked.split(",")}
+        theirs |= {name if name == "shots" else task: results[task]["acc,none"] for task in requested.split(",")}
     assert ours == theirs and ours["shots"] != ours["mmlu"]

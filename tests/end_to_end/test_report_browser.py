@@ -42,8 +42,8 @@ def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Chromium]:
-    with Chromium() as found:
-        yield found
+    with Chromium() as result:
+        yield result
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def browser(chromium: Chromium) -> Chromium:
 
 @pytest.fixture(scope="module")
 def telephone() -> Iterator[Chromium]:
-    with Chromium(390, 844, phone=True) as found:
-        yield found
+    with Chromium(390, 844, phone=True) as result:
+        yield result
 
 
 @pytest.fixture
@@ -154,9 +154,9 @@ def test_questions_can_be_searched_and_filtered(browser: Chromium, page: Path) -
     choose(browser, "item-task", "near facts", "input")
     browser.click("#item-differ")
     models = ("original", "gold", "unlearned", "uniform", "loss_weighting")
-    asked = [row for row in rows_of(page, "items") if row["task"] == "near facts"]
-    differing = sum(len({row[f"{model} score"] for model in models}) > 1 for row in asked)
-    assert 0 < differing < len(asked)
+    requested = [row for row in rows_of(page, "items") if row["task"] == "near facts"]
+    differing = sum(len({row[f"{model} score"] for model in models}) > 1 for row in requested)
+    assert 0 < differing < len(requested)
     assert browser.run(count) == f"{differing} questions" and browser.messages == []
 
 

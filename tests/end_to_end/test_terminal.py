@@ -23,13 +23,13 @@ def test_a_stage_tells_one_line_and_its_log_everything(server: Server, tiny_mode
     command = ["prepare", "config.yaml", "--run-dir", "run"]
     first, second = (server.run(command, tmp_path) for _ in range(2))
     assert (first.returncode, first.stderr, second.stderr) == (0, "", "")
-    found = r"\[prepare\] forget \d+ documents, [\d,]+ tokens; retain \d+ documents, [\d,]+ tokens \([\d.]+ s\)\n"
-    assert re.fullmatch(found, first.stdout), first.stdout
+    result = r"\[prepare\] forget \d+ documents, [\d,]+ tokens; retain \d+ documents, [\d,]+ tokens \([\d.]+ s\)\n"
+    assert re.fullmatch(result, first.stdout), first.stdout
     assert second.stdout == "[prepare] already done\n"
     kept = [json.loads(line)["text"] for line in (tmp_path / "run/logs/prepare.jsonl").read_text().splitlines()]
     assert len(kept) == 3 and "documents split at 24 tokens" in kept[0]  # a line a corpus, and the one that was shown
-    told = server.run([*command[:3], "other", "-v"], tmp_path).stdout.splitlines()
-    assert [line.partition("] ")[2] for line in told[:2]] == kept[:2] and len(told) == 3
+    summary = server.run([*command[:3], "other", "-v"], tmp_path).stdout.splitlines()
+    assert [line.partition("] ")[2] for line in summary[:2]] == kept[:2] and len(summary) == 3
 
 
 def test_variants_are_named_and_a_stage_of_its_own_counts_from_its_start(
@@ -92,5 +92,5 @@ def test_completion_can_be_installed_and_completes(tmp_path: Path) -> None:
     done = run(["bash", "-c", command], variables=variables)
     assert done.returncode == 0, done.stderr
     assert "_TRACE_DS_COMPLETE=complete_bash" in (tmp_path / ".bash_completions" / "trace-ds.sh").read_text()
-    asked = {"_TRACE_DS_COMPLETE": "complete_bash", "COMP_WORDS": "trace-ds co", "COMP_CWORD": "1"}
-    assert run([program], variables=variables | asked).stdout.split() == ["collect", "convert"]
+    requested = {"_TRACE_DS_COMPLETE": "complete_bash", "COMP_WORDS": "trace-ds co", "COMP_CWORD": "1"}
+    assert run([program], variables=variables | requested).stdout.split() == ["collect", "convert"]

@@ -61,8 +61,8 @@ def test_a_header_is_refused_where_the_library_refuses_it(tmp_path: Path, name: 
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(nbytes))
     try:
-        with safe_open(path, framework="np") as found:
-            expected = {key: tuple(found.get_slice(key).get_shape()) for key in found.keys()}  # noqa: SIM118
+        with safe_open(path, framework="np") as actual:
+            expected = {key: tuple(actual.get_slice(key).get_shape()) for key in actual.keys()}  # noqa: SIM118
     except SafetensorError:
         with pytest.raises(UserError, match=r"x\.safetensors"):
             read_safetensors_header(path)
@@ -159,21 +159,21 @@ def message(run: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_no_plain_model_is_named(model: Path, tmp_path: Path, name: str) -> None:
-    change, what, fix = KINDS[name]
+    change, label, fix = KINDS[name]
     change(model)
     before = tree(tmp_path)
     for read in (lambda: inspect_model(model), lambda: convert_checkpoint(model, tmp_path / "out")):
         said = message(read)
-        assert what in said and fix in said
+        assert label in said and fix in said
     try:
         said = inspect(model).problems[0]
     except UserError as error:
         said = error.line()
-    assert what in said and tree(tmp_path) == before
+    assert label in said and tree(tmp_path) == before
 
 
 def test_every_verb_says_the_same(model: Path, tmp_path: Path, server: Server) -> None:
-    change, what, fix = KINDS["adapter beside a model"]
+    change, label, fix = KINDS["adapter beside a model"]
     config = str(tiny.write_config(tmp_path, model))
     change(model)
     before = tree(tmp_path)
@@ -187,7 +187,7 @@ def test_every_verb_says_the_same(model: Path, tmp_path: Path, server: Server) -
         result = server.run(verb, tmp_path, **JOB)
         said = result.stdout + result.stderr
         assert result.returncode == (1 if verb[0] == "doctor" else 2), result
-        assert what in said and fix in said and "Traceback" not in said, result
+        assert label in said and fix in said and "Traceback" not in said, result
     assert tree(tmp_path) == before
 
 
@@ -245,8 +245,10 @@ def test_an_altered_model_is_refused_or_converted_exactly(model: Path, tmp_path:
         assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
         return
     convert_checkpoint(model, tmp_path / "out")
-    expected, found = (load_file(path / SINGLE_NAME) for path in (model, tmp_path / "out"))
-    assert found.keys() == expected.keys() and all(np.array_equal(found[key], value) for key, value in expected.items())
+    expected, actual = (load_file(path / SINGLE_NAME) for path in (model, tmp_path / "out"))
+    assert actual.keys() == expected.keys() and all(
+        np.array_equal(actual[key], value) for key, value in expected.items()
+    )
     assert "a secret" not in "".join(map(str, tree(tmp_path / "out").values()))
 
 
@@ -270,15 +272,15 @@ def test_a_change_of_one_small_tensor_is_another_model(tmp_path: Path, monkeypat
     monkeypatch.setattr(model_files, "FINGERPRINT_WHOLE_BYTES", 1 << 20)
     save_file(tensors | filler, path)
     before = model_fingerprint(tmp_path / "model")
-    found = read_safetensors_header(path)
+    result = read_safetensors_header(path)
     for name in [name for name in tensors if "norm" in name or "gate" in name]:
         with path.open("r+b") as file:
-            file.seek(found[name].end - 1)
+            file.seek(result[name].end - 1)
             byte = file.read(1)[0]
-            file.seek(found[name].end - 1)
+            file.seek(result[name].end - 1)
             file.write(bytes([byte ^ 1]))
             file.flush()
             assert model_fingerprint(tmp_path / "model") != before, name
-            file.seek(found[name].end - 1)
+            file.seek(result[name].end - 1)
             file.write(bytes([byte]))
     assert model_fingerprint(tmp_path / "model") == before

@@ -38,8 +38,8 @@ def outputs(model: LanguageModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor
 def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None:
     path = tiny.make_model(tmp_path / family, family)
     with opened(path) as model:
-        wanted = {"gpt_oss": "eager", "qwen3_5_moe_text": "sdpa"}  # the fast one, where the family has it
-        assert model.model.config._attn_implementation == wanted.get(family, ATTENTION_NAME)
+        expected = {"gpt_oss": "eager", "qwen3_5_moe_text": "sdpa"}  # the fast one, where the family has it
+        assert model.model.config._attn_implementation == expected.get(family, ATTENTION_NAME)
         free, chosen = outputs(model)
         decisions = attacks.Decisions()
         with attacks.forced(model.model, decisions.record):
@@ -70,15 +70,15 @@ def test_another_model_can_be_given_the_routing_of_the_original(tmp_path: Path) 
     with opened(save_model(tmp_path / "original", 0)) as original:
         with attacks.forced(original.model, decisions.record):
             outputs(original)
-        _, wanted = outputs(original)
+        _, expected = outputs(original)
     with opened(save_model(tmp_path / "other", 1)) as other:
-        assert not all(torch.equal(a[1], b[1]) for a, b in zip(outputs(other)[1], wanted, strict=True))
+        assert not all(torch.equal(a[1], b[1]) for a, b in zip(outputs(other)[1], expected, strict=True))
         stopped = decisions.repeat()
         stopped(0, torch.zeros(16, 4), decisions.passes[0])  # a run that ends in the middle of a pass
         for _ in range(2):  # every run starts anew
             with attacks.forced(other.model, decisions.repeat()):
                 taken = outputs(other)[1]
-            assert all(torch.equal(a[1], b[1]) for a, b in zip(taken, wanted, strict=True))
+            assert all(torch.equal(a[1], b[1]) for a, b in zip(taken, expected, strict=True))
 
 
 @pytest.mark.parametrize(

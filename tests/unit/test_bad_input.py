@@ -139,9 +139,9 @@ def test_home_is_expanded_once_in_every_path_of_a_config(config: Path, monkeypat
     keys = ["model.path=~/m", "model.tokenizer=~/t", "data.forget=[{path: ~/f}]", "unlearning.ds_config=~/d"]
     keys += ["evaluation.models={gold: ~/g}", f"evaluation.tasks=[{task}]"]
     loaded, run = load_config(str(config), keys, "~/run")
-    found = dump_yaml(loaded) + str(run)
-    assert "~" not in found and all(
-        f"/home/someone/{name}" in found for name in ["m", "t", "f", "d", "g", "k", "e", "i", "run"]
+    result = dump_yaml(loaded) + str(run)
+    assert "~" not in result and all(
+        f"/home/someone/{name}" in result for name in ["m", "t", "f", "d", "g", "k", "e", "i", "run"]
     )
 
 
@@ -360,7 +360,7 @@ def one_sided(world: Any) -> list[str]:
         UserError("there is no model directory", "/models/m", "mount it"),
         OSError(errno.EIO, "Input/output error", "/models/m/config.json"),
     )
-    told = []
+    lines = []
     for error in errors:
 
         def check(error: Exception = error) -> str:
@@ -371,8 +371,8 @@ def one_sided(world: Any) -> list[str]:
         try:
             world.run_on_main_first(check)
         except (UserError, AgreedError) as end:
-            told.append(f"{type(end).__name__}: {end}")
-    return told
+            lines.append(f"{type(end).__name__}: {end}")
+    return lines
 
 
 @pytest.mark.slow

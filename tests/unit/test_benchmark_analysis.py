@@ -225,10 +225,10 @@ def test_utility_over_levels_is_read_off_the_lines_between_steps() -> None:
 
     forget, utility = [0.8, 0.6, 0.3, 0.35, 0.2], [1.0, 0.9, 0.6, 0.4, 0.3]
     levels = np.linspace(0.35, 0.65, LEVELS)  # the first time that a level is reached counts
-    wanted = np.interp(levels, [0.3, 0.6, 0.8], [0.6, 0.9, 1.0]).mean()
+    expected = np.interp(levels, [0.3, 0.6, 0.8], [0.6, 0.9, 1.0]).mean()
     steps = [0, 3, 6, 9, 12]
     result = over_levels(steps, forget, utility, 0.35, 0.65)
-    assert result.post == pytest.approx(wanted) and (result.step, result.spacing, result.end) == (6, 3, 0.3)
+    assert result.post == pytest.approx(expected) and (result.step, result.spacing, result.end) == (6, 3, 0.3)
     assert result.at_crossing == matched(steps, forget, utility, 0.35).at_crossing
     assert over_levels(steps, forget, utility, 0.1, 0.65).step is None  # never that low
     assert over_levels(steps[2:], forget[2:], utility[2:], 0.35, 0.65).step is None  # lower when first looked at

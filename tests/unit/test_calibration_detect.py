@@ -81,11 +81,11 @@ def test_few_documents_make_no_discoveries(documents: tuple[int, int], heavy_tai
 def test_true_differences_are_found() -> None:
     rng = np.random.default_rng(3)
     boost = {(0, 3): 4.0, (2, 7): 4.0}
-    found = detect(simulate(rng, 60, boost), simulate(rng, 150), DetectionConfig())
-    assert {(int(a), int(b)) for a, b in zip(*np.nonzero(found.selected_LE), strict=True)} == set(boost)
+    result = detect(simulate(rng, 60, boost), simulate(rng, 150), DetectionConfig())
+    assert {(int(a), int(b)) for a, b in zip(*np.nonzero(result.selected_LE), strict=True)} == set(boost)
     for place in boost:
-        assert found.low_LE[place] < np.exp(found.log_ratio_LE[place]) < found.high_LE[place]
-        assert found.low_LE[place] > 1.25
+        assert result.low_LE[place] < np.exp(result.log_ratio_LE[place]) < result.high_LE[place]
+        assert result.low_LE[place] > 1.25
 
 
 def test_load_rule_and_layers() -> None:
@@ -120,6 +120,6 @@ def test_top_methods_rank_and_count(method: str) -> None:
         "top_difference": p - q,
         "top_ratio": p / np.maximum(q, 0.25 * 2 / 8),
     }[method]
-    found = detect(forget, retain, DetectionConfig(method=method, top_n=2))
-    for group, mask in zip(scores, found.selected_LE, strict=True):
+    result = detect(forget, retain, DetectionConfig(method=method, top_n=2))
+    for group, mask in zip(scores, result.selected_LE, strict=True):
         assert set(np.nonzero(mask)[0]) == set(np.argsort(-group)[:2])

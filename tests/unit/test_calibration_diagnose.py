@@ -34,14 +34,14 @@ def worlds(near_share: float) -> tuple[Corpus, Corpus]:
 
 def calibrated(forget: Corpus, retain: Corpus, folder: Path | None, **options: Any) -> tuple[Detection, RuleResult]:
     """Weights of tokens, spooled to the folder; without one, of rows."""
-    found = detect(forget.statistics(EXPERTS), retain.statistics(EXPERTS), DetectionConfig())
+    result = detect(forget.statistics(EXPERTS), retain.statistics(EXPERTS), DetectionConfig())
     config = CalibrationConfig(**options)
-    scope_LE = choose_experts(config, found, 0)
-    sides = found.forget_LE, found.retain_LE, np.zeros_like(found.retain_LE)
+    scope_LE = choose_experts(config, result, 0)
+    sides = result.forget_LE, result.retain_LE, np.zeros_like(result.retain_LE)
     request = WeightRequest(config, retain.tokens, scope_LE, *sides)
     if folder is None:
-        return found, weigh_rows(request, retain.selections(EXPERTS))
-    return found, weigh_tokens(request, retain.as_trace(), folder)
+        return result, weigh_rows(request, retain.selections(EXPERTS))
+    return result, weigh_tokens(request, retain.as_trace(), folder)
 
 
 def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
@@ -52,12 +52,12 @@ def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
         ("raking", 0.98, False): (True, False, False),
         ("uniform", 0.5, False): (False, False, False),  # a control owes nothing
     }
-    for (rule, floor, rows), wanted in expected.items():
+    for (rule, floor, rows), target in expected.items():
         options = {"rule": rule, "ess_floor": floor, "experts": "all"}
-        found, made = calibrated(forget, retain, None if rows else tmp_path, **options)
-        warnings = find_warnings(CalibrationConfig(**options), found, made, rows)
-        told = [any(words in w for w in warnings) for words in ("(lambda)", "of the frequency gap", "are nearly equal")]
-        assert tuple(told) == wanted, (rule, floor, warnings)
+        actual, made = calibrated(forget, retain, None if rows else tmp_path, **options)
+        warnings = find_warnings(CalibrationConfig(**options), actual, made, rows)
+        lines = [any(words in w for w in warnings) for words in ("(lambda)", "of the frequency gap", "are nearly equal")]
+        assert tuple(lines) == target, (rule, floor, warnings)
 
 
 def test_shares_and_documents_against_the_slow_way() -> None:

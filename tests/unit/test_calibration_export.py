@@ -52,17 +52,17 @@ def test_collated_rows_equal_the_jobs_own_batches(calibrated) -> None:
 def test_loss_against_the_slow_way_and_its_divisor(calibrated) -> None:
     batch = collate_rows(rows_of(calibrated))
     logits = torch.randn(*batch["input_ids"].shape, 300, generator=torch.Generator().manual_seed(0))
-    wanted, n = 0.0, 0
+    expected, n = 0.0, 0
     for row, ids in enumerate(batch["input_ids"]):
         for t in range(len(ids) - 1):
             if batch["labels"][row, t + 1] != -100:
                 n += 1
-                wanted -= float(batch["weights"][row, t] * logits[row, t].log_softmax(-1)[ids[t + 1]])
+                expected -= float(batch["weights"][row, t] * logits[row, t].log_softmax(-1)[ids[t + 1]])
     loss = weighted_retain_loss(logits, batch["labels"], batch["weights"])
-    assert float(loss) == pytest.approx(wanted / n, rel=1e-5)
+    assert float(loss) == pytest.approx(expected / n, rel=1e-5)
     twice = weighted_retain_loss(logits, batch["labels"], 2 * batch["weights"])
-    assert float(twice) == pytest.approx(2 * wanted / n, rel=1e-5), "the weights of a batch are not renormalised"
-    assert float(weighted_retain_loss(logits, batch["labels"], batch["weights"], 7)) == pytest.approx(wanted / 7)
+    assert float(twice) == pytest.approx(2 * expected / n, rel=1e-5), "the weights of a batch are not renormalised"
+    assert float(weighted_retain_loss(logits, batch["labels"], batch["weights"], 7)) == pytest.approx(expected / 7)
 
 
 @pytest.mark.parametrize("sampling", [False, True])

@@ -68,7 +68,7 @@ def reference(active_TS: np.ndarray, target_S: np.ndarray) -> np.ndarray:
         w, mean = moments(theta_S)
         return (active_TS.T * w) @ active_TS - np.outer(mean, mean)
 
-    found = optimize.minimize(
+    result = optimize.minimize(
         value,
         np.zeros(len(target_S)),
         jac=lambda theta_S: moments(theta_S)[1] - target_S,
@@ -76,7 +76,7 @@ def reference(active_TS: np.ndarray, target_S: np.ndarray) -> np.ndarray:
         method="trust-ncg",
         options={"gtol": 1e-10, "maxiter": 1000},
     )
-    return weights(active_TS, found.x)
+    return weights(active_TS, result.x)
 
 
 @pytest.mark.parametrize("sample", [1 << 18, 4000])
@@ -90,10 +90,10 @@ def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, sample: i
     assert made.converged and made.strength < 1 and not any(made.reason_S)
     assert (made.passes > 1) == (sample < len(active))
     np.testing.assert_allclose(made.target_S, p + made.strength * (q - p), atol=1e-12)
-    w, wanted = weights(active, made.theta_S), reference(active, made.target_S)
+    w, expected = weights(active, made.theta_S), reference(active, made.target_S)
     assert 0.5 <= ess(w) < 0.5005
     np.testing.assert_allclose(w @ active / w.sum(), made.target_S, atol=2e-6)
-    np.testing.assert_allclose(w, wanted, rtol=1e-3)
+    np.testing.assert_allclose(w, expected, rtol=1e-3)
 
 
 def copied_layers(rng: np.random.Generator, count: int, copies: int = 2, experts: int = 6) -> tuple[Corpus, np.ndarray]:
@@ -124,7 +124,7 @@ def exact_strength(active_TS: np.ndarray, shift_S: np.ndarray, floor: float) -> 
             value = score.max() + np.log(w.sum()) - theta_S @ target_S
             return float(value), w @ kinds / w.sum() - target_S
 
-        found = optimize.minimize(
+        result = optimize.minimize(
             dual,
             np.zeros(len(p_S)),
             jac=True,
@@ -132,7 +132,7 @@ def exact_strength(active_TS: np.ndarray, shift_S: np.ndarray, floor: float) -> 
             bounds=[(-raking.LARGEST_THETA, raking.LARGEST_THETA)] * len(p_S),
             options={"ftol": 1e-15, "maxiter": 2000},
         )
-        w = np.exp(kinds @ found.x - (kinds @ found.x).max())
+        w = np.exp(kinds @ result.x - (kinds @ result.x).max())
         return float((share @ w) ** 2 / (share @ w**2))
 
     low, high = (1.0, 1.0) if size(1.0) >= floor else (0.0, 1.0)

@@ -119,8 +119,8 @@ def test_each_selected_expert_comes_closer_to_its_forget_frequency(world: World,
     before = np.abs(detection.retain_LE - detection.forget_LE)[detection.selected_LE]
     assert (np.abs(made.achieved_LE - detection.forget_LE)[detection.selected_LE] < before).all()
     np.testing.assert_allclose(made.achieved_LE[made.scope_LE], made.target_LE[made.scope_LE], atol=1e-6)
-    wanted = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
-    np.testing.assert_allclose(made.target_LE[made.scope_LE], wanted[made.scope_LE], atol=1e-9)
+    expected = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
+    np.testing.assert_allclose(made.target_LE[made.scope_LE], expected[made.scope_LE], atol=1e-9)
     assert made.strength > 0.02
 
 
@@ -151,8 +151,8 @@ def test_other_experts_are_as_many_and_meet_their_true_targets(world: World, tmp
     else:
         draws = {choose_experts(CalibrationConfig(rule=rule), detection, seed).tobytes() for seed in range(4)}
         assert len(draws) > 2 and detection.selected_LE.tobytes() not in draws
-    wanted = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
-    np.testing.assert_allclose(made.achieved_LE[made.scope_LE], wanted[made.scope_LE], atol=1e-6)
+    expected = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
+    np.testing.assert_allclose(made.achieved_LE[made.scope_LE], expected[made.scope_LE], atol=1e-6)
 
 
 def test_literal_against_the_slow_way(world: World, tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_literal_against_the_slow_way(world: World, tmp_path: Path) -> None:
     made, w = by_tokens(world, tmp_path, rule="literal", ess_floor=0.01, clip=4.0)  # experts: all changes nothing
     ratio = np.clip(detection.forget_LE / detection.retain_LE, 1 / 4.0, 4.0)[detection.selected_LE]
     active = retain.dense(EXPERTS)[:, detection.selected_LE.ravel()]
-    wanted = np.array([ratio[row].mean() if row.any() else 1.0 for row in active])
-    assert made.exponent == 1.0 and len(np.unique(wanted)) > 2
-    np.testing.assert_allclose(w, wanted / wanted.mean(), rtol=1e-9)
+    expected = np.array([ratio[row].mean() if row.any() else 1.0 for row in active])
+    assert made.exponent == 1.0 and len(np.unique(expected)) > 2
+    np.testing.assert_allclose(w, expected / expected.mean(), rtol=1e-9)
     made, w = by_tokens(world, tmp_path / "flat", rule="literal", ess_floor=0.97)
     assert 0 < made.exponent < 1 and 0.97 <= size(w) < 0.972
 
@@ -181,10 +181,10 @@ def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path,
 def test_source_weights_are_those_asked_for_until_the_floor_flattens_them(world: World, tmp_path: Path) -> None:
     corpus = world[1]
     topic_T = corpus.topic_D[np.asarray(corpus.tokens.document_ids_T)[corpus.counted_T]]
-    asked = np.where(topic_T == 1, 3.0, 1.0)
+    requests = np.where(topic_T == 1, 3.0, 1.0)
     made, w = by_tokens(world, tmp_path, rule="uniform", source_weights={"topic/1": 3.0})
     assert made.exponent == 1.0 and not made.scope_LE.any() and not made.theta_LE.any()
-    np.testing.assert_allclose(w, asked / asked.mean(), rtol=1e-12)
+    np.testing.assert_allclose(w, requests / requests.mean(), rtol=1e-12)
     huge = {"rule": "uniform", "source_weights": {"topic/1": 1e6}, "ess_floor": 0.3}
     made, w = by_tokens(world, tmp_path / "a", **huge)
     assert 0.3 <= made.ess < 0.301 and 0 < made.exponent < 1

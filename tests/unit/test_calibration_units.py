@@ -31,8 +31,8 @@ def test_scores_and_sums_are_those_of_the_dense_matrix(seed: int, layers: int, e
     assert packing.pairs == (dtype is np.uint8 and top_k % 2 == 0)
     value, w = rng.normal(size=(layers, experts)), rng.random(count)
     columns = packing.columns(selected)
-    wanted = np.einsum("tle,le->t", dense, value)
-    np.testing.assert_allclose(packing.score(columns, packing.tables(value)), wanted, atol=1e-12)
+    expected = np.einsum("tle,le->t", dense, value)
+    np.testing.assert_allclose(packing.score(columns, packing.tables(value)), expected, atol=1e-12)
     np.testing.assert_allclose(packing.sums(columns, w), np.einsum("tle,t->le", dense, w), atol=1e-12)
     np.testing.assert_array_equal(packing.sums(columns, None), dense.sum(axis=0))
 

@@ -135,7 +135,7 @@ def test_every_form_gives_the_same_documents(tmp_path: Path) -> None:
 def test_the_content_decides_and_not_the_place(tmp_path: Path) -> None:
     first, second = data_set(tmp_path / "a" / "named"), data_set(tmp_path / "b" / "named")
     near = [entry(dataset=str(folder), config="near") for folder in (first, second)]
-    assert len({corpus_fingerprint([found]) for found in near}) == 1
+    assert len({corpus_fingerprint([result]) for result in near}) == 1
     assert corpus_fingerprint(near[:1]) != corpus_fingerprint([entry(dataset=str(first), config="near", split="test")])
     before = corpus_fingerprint(near[:1])
     write_parquet(first / "near" / "test.parquet", ROWS[2:])  # of another split
@@ -236,14 +236,14 @@ def test_the_data_are_the_same_whatever_the_number_of_threads(
     long = " ".join(tiny.sentences(3000, 5, tiny.WORDS))
     with (tmp_path / "corpora" / "retain.jsonl").open("a") as handle:
         handle.write(json.dumps({"text": long}) + "\n" + json.dumps({"text": "iron"}) + "\n")
-    found = []
+    results = []
     for number in (1, 3):
         monkeypatch.setattr("trace_ds.stages.prepare.default_threads", lambda number=number: number)
         config, directory = load_config(str(path), [], tmp_path / f"run{number}")
         made = prepare(config, RunDirectory.at(directory))
-        found.append({item.name: item.read_bytes() for item in (tmp_path / f"run{number}" / "data").iterdir()})
+        results.append({item.name: item.read_bytes() for item in (tmp_path / f"run{number}" / "data").iterdir()})
         assert made.summary["retain"]["documents"] == 92
-    assert found[0] == found[1] and len(found[0]) == 5
+    assert results[0] == results[1] and len(results[0]) == 5
 
 
 def test_what_goes_wrong_in_a_thread_is_told_here() -> None:
@@ -373,8 +373,8 @@ def asking(tmp_path: Path) -> Iterator[Callable[[dict[str, str]], Ask]]:
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    with serving() as found:
-        yield found
+    with serving() as result:
+        yield result
 
 
 def test_a_data_set_of_the_hub_is_read_again_without_it(
@@ -387,26 +387,26 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(
     home = tmp_path / "home"
     ask, ask_offline = (asking(hub.environment(home, offline=offline)) for offline in (False, True))
     online = ask([*forms, near | {"dataset": "org/Data-Set@v1"}])
-    assert [found["texts"] for found in online] == [TEXTS, TEXTS[3:4], TEXTS[:1], TEXTS]
-    assert [found["sources"] for found in online[:3]] == [
+    assert [result["texts"] for result in online] == [TEXTS, TEXTS[3:4], TEXTS[:1], TEXTS]
+    assert [result["sources"] for result in online[:3]] == [
         ["Data-Set/near"],
         ["Data-Set/far/forget"],
         ["Data-Set/near/test"],
     ]
-    assert [found["commit"] for found in online] == [first, first, first, tagged]
+    assert [result["commit"] for result in online] == [first, first, first, tagged]
     assert "is not in the cache, and the hub was not asked" in online[0]["missing"] and online[2]["missing"] is None
-    asked = len(hub.requests)
+    requested = len(hub.requests)
     named = ask([near | {"source": "s", "split": split} for split in ("train", "test")])
-    assert named[0]["fingerprint"] != named[1]["fingerprint"] and len(hub.requests) == asked + 1  # what main is
-    asked = len(hub.requests)
+    assert named[0]["fingerprint"] != named[1]["fingerprint"] and len(hub.requests) == requested + 1  # what main is
+    requested = len(hub.requests)
     offline = ask_offline([*forms, near | {"dataset": "org/Data-Set@v1"}])
-    assert [found | {"missing": None} for found in online] == offline and len(hub.requests) == asked
+    assert [result | {"missing": None} for result in online] == offline and len(hub.requests) == requested
     # the hub's main moves on: what is pinned stays, and what is not is another corpus
     second = hub.add("datasets", "org/Data-Set", data_set(tmp_path / "second", [*ROWS[1:], ROWS[0]]))
     moved = ask([near, near | {"dataset": f"org/Data-Set@{first}"}, near | {"dataset": "org/Data-Set@v1"}])
-    assert [found["commit"] for found in moved] == [second, first, tagged]
+    assert [result["commit"] for result in moved] == [second, first, tagged]
     assert moved[0]["texts"] == TEXTS[1:] + TEXTS[:1] and moved[0]["fingerprint"] != online[0]["fingerprint"]
-    assert [found["fingerprint"] for found in moved[1:]] == [online[0]["fingerprint"], online[3]["fingerprint"]]
+    assert [result["fingerprint"] for result in moved[1:]] == [online[0]["fingerprint"], online[3]["fingerprint"]]
     hub.shutdown()  # no network, and nobody said so
     gone = ask([near, near | {"dataset": f"org/Data-Set@{first}"}, near | {"config": "none"}])
     assert [gone[0]["commit"], gone[1]["commit"]] == [second, first]

@@ -58,14 +58,14 @@ def commands_in_blocks() -> list[list[str]]:
 
     Those with placeholders need a run; the lines of cluster.md (``$ …``) are typed by test_cluster_page.py.
     """
-    found = []
+    results = []
     for page in PAGES[1:]:
         text = page.read_text(encoding="utf-8")
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             if language in ("", "bash"):
                 lines = re.findall(r"^trace-ds (?:[^'\n]|'[^']*')*", block, re.MULTILINE)
-                found += [shlex.split(line, comments=True)[1:] for line in lines]
-    return [words for words in found if not {"CONFIG", "config.yaml"} & {*words}]
+                results += [shlex.split(line, comments=True)[1:] for line in lines]
+    return [words for words in results if not {"CONFIG", "config.yaml"} & {*words}]
 
 
 @pytest.mark.parametrize("words", commands_in_blocks(), ids=" ".join)
@@ -163,8 +163,8 @@ def test_the_published_comparisons_follow_from_the_published_scores(
         cells = cells[1:2]
     for strength, cell in itertools.zip_longest(strengths, cells, fillvalue=cells[-1]):
         if "not tried" not in cell:
-            wanted = (strength, method, metric, "post")
-            row = next(r for r in rows if (r["strength"], r["method"], r["metric"], r["at"]) == wanted)
+            expected = (strength, method, metric, "post")
+            row = next(r for r in rows if (r["strength"], r["method"], r["metric"], r["at"]) == expected)
             assert_told(row, cell)
 
 
@@ -199,11 +199,11 @@ PRETRAINED = next(text for title, text in SECTIONS.items() if "bench_pretrained"
 def test_the_quality_of_the_pretrained_model_is_that_of_the_file() -> None:
     quality = json.loads((ROOT / "docs/studies/pretrained_quality.json").read_text(encoding="utf-8"))
     dense, moe = quality["dense"], quality["moe"]
-    pairs = [(f"{dense['perplexity'][kind]:.1f}", f"{found:.1f}") for kind, found in moe["perplexity"].items()]
-    for kind, found in moe["facts"].items():
-        pairs.append(tuple(f"{of['accuracy']:.3f}".lstrip("0") for of in (dense["facts"][kind], found)))
-    told = re.findall(r"^\| (?:perplexity, .*|.*accuracy .*) \| (\S+) \| (\S+) \|$", PRETRAINED, re.MULTILINE)
-    assert sorted(told) == sorted(pairs) and len(told) == 6
+    pairs = [(f"{dense['perplexity'][kind]:.1f}", f"{result:.1f}") for kind, result in moe["perplexity"].items()]
+    for kind, result in moe["facts"].items():
+        pairs.append(tuple(f"{of['accuracy']:.3f}".lstrip("0") for of in (dense["facts"][kind], result)))
+    summary = re.findall(r"^\| (?:perplexity, .*|.*accuracy .*) \| (\S+) \| (\S+) \|$", PRETRAINED, re.MULTILINE)
+    assert sorted(summary) == sorted(pairs) and len(summary) == 6
     counts = [(f"{v['above 1.25']}", f"{v['above 2']}") for k, v in quality["specialisation"].items() if k != "experts"]
     sentence = PRETRAINED.partition("Of its 240 experts")[2].partition("\n\n")[0]
     assert all({*pair} <= {*re.findall(r"\d+", sentence)} for pair in counts)
@@ -212,7 +212,7 @@ def test_the_quality_of_the_pretrained_model_is_that_of_the_file() -> None:
 def test_the_weights_of_the_pretrained_model_are_those_of_the_csv() -> None:
     with (ROOT / "docs/studies/pretrained_weights.csv").open(encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    found: dict[str, dict[str, list[float]]] = {}
+    result: dict[str, dict[str, list[float]]] = {}
     for method, name in MATCHED.items():
         mine = [row for row in rows if row["method"] == method]
         gains = {
@@ -221,11 +221,11 @@ def test_the_weights_of_the_pretrained_model_are_those_of_the_csv() -> None:
         cells = [f"{mean(v):.2f} [{min(v):.2f}, {max(v):.2f}]" for v in gains.values()]
         size = f"{mean(float(row['ess_rows']) for row in mine):.2f}".lstrip("0")
         assert f"| {name} | {' | '.join(cells)} | {size} |" in PRETRAINED
-        found[method] = gains
+        result[method] = gains
     for kind in ("facts", "numbers"):  # in every split above all of its ten draws
-        draws = found["random_experts"][kind]
+        draws = result["random_experts"][kind]
         assert len(draws) == 50
-        assert all(x > max(draws[10 * i : 10 * i + 10]) for i, x in enumerate(found["selected"][kind]))
+        assert all(x > max(draws[10 * i : 10 * i + 10]) for i, x in enumerate(result["selected"][kind]))
 
 
 KEPT = {
@@ -238,7 +238,7 @@ KEPT = {
     "oracle": "oracle: facts by their label",
 }
 FACTS, NUMBERS = "kept_facts choice_probability", "kept_facts choice_probability near/*element*"
-TOLD = [  # strength and metric of each column
+COLUMNS = [  # strength and metric of each column
     ("same strength", FACTS),
     ("own alpha", FACTS),
     ("own alpha", "kept_facts accuracy"),
@@ -275,7 +275,7 @@ def pretrained_rows(study: str, *changes: str) -> tuple[BenchConfig, list[dict[s
 
 @pytest.mark.parametrize(("method", "name"), [("uniform", "uniform weights"), *KEPT.items()])
 def test_the_runs_on_the_pretrained_model_are_those_of_the_csv(method: str, name: str) -> None:
-    cells = [kept_told("pretrained", "recipe", method, *column) for column in TOLD]
+    cells = [kept_told("pretrained", "recipe", method, *column) for column in COLUMNS]
     assert f"| {' | '.join([name, *cells])} |" in PRETRAINED
 
 
@@ -288,7 +288,7 @@ def test_the_gains_on_the_pretrained_model_are_those_of_the_csv() -> None:
     from tools.study_from_csv import detectable
 
     _, rows = pretrained_rows("pretrained")
-    found = {tuple(row[key] for key in ("method", "strength", "metric", "at")): row for row in rows}
+    result = {tuple(row[key] for key in ("method", "strength", "metric", "at")): row for row in rows}
     for method, metric in (
         ("selected", FACTS),
         ("selected", "kept_facts accuracy"),
@@ -296,50 +296,50 @@ def test_the_gains_on_the_pretrained_model_are_those_of_the_csv() -> None:
         ("random_experts", FACTS),
         ("oracle", FACTS),
     ):
-        assert_told(found[method, "own alpha", metric, "post"], PRETRAINED)
+        assert_told(result[method, "own alpha", metric, "post"], PRETRAINED)
     values = [
-        row["value"] for key, row in found.items() if key[1:] == ("same strength", "general_text perplexity", "end")
+        row["value"] for key, row in result.items() if key[1:] == ("same strength", "general_text perplexity", "end")
     ]
     assert f"{min(values):.1f} to {max(values):.1f}" in PRETRAINED
-    same = {key[0]: row["value"] for key, row in found.items() if key[1:] == ("same strength", FACTS, "post")}
+    same = {key[0]: row["value"] for key, row in result.items() if key[1:] == ("same strength", FACTS, "post")}
     matched_ones = [same[name] for name in ("selected", "all", "random_experts", "lowest_experts")]
     text = " ".join(PRETRAINED.split())
     assert re.sub(r"0\.", ".", f"keep the same to {max(matched_ones) - min(matched_ones):.3f}") in text
     _, rows = pretrained_rows("pretrained", "bench.baseline=random_experts")
     row = next(r for r in rows if (r["method"], r["strength"], r["metric"]) == ("selected", "own alpha", FACTS))
     low, high = (row["difference_t_interval"][end] for end in ("low", "high"))
-    told = (
+    summary = (
         f"{row['difference']:.3f} ahead of the random ones [{low:+.3f}, {high:+.3f}]; {detectable(row):.3f} would have"
     )
-    assert re.sub(r"0\.", ".", told).replace("-", "−") in text
+    assert re.sub(r"0\.", ".", summary).replace("-", "−") in text
 
 
 def kept_told(study: str, loss: str, method: str, strength: str, metric: str) -> str:
     bench, rows = pretrained_rows(study)
     if strength != "same strength" and len(grid_of(bench, loss, method)["unlearning.alpha"]) < 2:
         return "not tried"
-    wanted = (loss, method, strength, metric, "post")
-    row = next(r for r in rows if tuple(r[key] for key in ("loss", "method", "strength", "metric", "at")) == wanted)
-    told = f"{row['value']:.3f}"
+    expected = (loss, method, strength, metric, "post")
+    row = next(r for r in rows if tuple(r[key] for key in ("loss", "method", "strength", "metric", "at")) == expected)
+    summary = f"{row['value']:.3f}"
     if method != bench.baseline:
         low, high = (row["difference_t_interval"][end] for end in ("low", "high"))
-        told += f", {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-    told += "" if len(row["seeds"]) == len(bench.seeds) else f", {len(row['seeds'])} splits"
-    return re.sub(r"(?<!\d)0\.", ".", told).replace("-", "−")
+        summary += f", {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    summary += "" if len(row["seeds"]) == len(bench.seeds) else f", {len(row['seeds'])} splits"
+    return re.sub(r"(?<!\d)0\.", ".", summary).replace("-", "−")
 
 
 def assert_told(row: dict[str, Any], cell: str) -> None:
     low, high = (100 * row["relative_interval"][end] for end in ("low", "high"))
-    told = f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")
-    assert told in cell, (told, cell)
+    summary = f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")
+    assert summary in cell, (summary, cell)
     seeds = len(row["seeds"])
     assert seeds == 5 or f"{seeds} seeds" in cell or f"{seeds} of 5" in cell
 
 
 def test_the_readme_tells_what_the_studies_found() -> None:
-    told = re.findall(r"[+−][\d.]+ %\s\[[^]]+\]", README)
-    assert len(told) >= 4
-    for result in told:
+    summary = re.findall(r"[+−][\d.]+ %\s\[[^]]+\]", README)
+    assert len(summary) >= 4
+    for result in summary:
         assert " ".join(result.split()) in STUDIES, result
 
 

@@ -33,13 +33,13 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
-def of(found: list[Check], group: str) -> dict[str, Check]:
-    return {check.name: check for check in found if check.group == group}
+def of(result: list[Check], group: str) -> dict[str, Check]:
+    return {check.name: check for check in result if check.group == group}
 
 
-def only_fault(found: list[Check], *words: str) -> Check:
+def only_fault(result: list[Check], *words: str) -> Check:
     """The single MISS of a list; its text contains the words and it names a fix."""
-    missing = [check for check in found if check.status == "MISS"]
+    missing = [check for check in result if check.status == "MISS"]
     assert len(missing) == 1, missing
     for word in words:
         assert word in f"{missing[0].name} {missing[0].detail} {missing[0].fix}"
@@ -48,13 +48,13 @@ def only_fault(found: list[Check], *words: str) -> Check:
 
 
 def test_a_healthy_run_has_no_miss(tmp_path: Path, tiny_model: Path) -> None:
-    found = run_checks(loaded(tmp_path, tiny_model), tmp_path / "run")
-    ours = [check for check in found if check.group not in ("accelerators",)]
+    result = run_checks(loaded(tmp_path, tiny_model), tmp_path / "run")
+    ours = [check for check in result if check.group not in ("accelerators",)]
     assert [check for check in ours if check.status == "MISS"] == []
-    groups = {check.group for check in found}
+    groups = {check.group for check in result}
     assert groups >= {"python", "network", "SLURM", "capacity", "storage", "corpora", "run"}
-    assert all(check.fix for check in found if check.status != "OK")
-    assert not any(check.fix for check in found if check.status == "OK")
+    assert all(check.fix for check in result if check.status != "OK")
+    assert not any(check.fix for check in result if check.status == "OK")
     assert not (tmp_path / "run").exists(), "doctor must not make the run directory"
     assert not list(tmp_path.glob(".trace-ds*")), "doctor must remove what it wrote"
 
@@ -62,9 +62,9 @@ def test_a_healthy_run_has_no_miss(tmp_path: Path, tiny_model: Path) -> None:
 def test_exit_status_and_json(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = loaded(tmp_path, model)
     status = doctor(config, tmp_path / "run", json=True)
-    found = json.loads(capsys.readouterr().out)
-    assert status == any(check["status"] == "MISS" for check in found)
-    assert {tuple(check) for check in found} == {("group", "name", "status", "detail", "fix")}
+    result = json.loads(capsys.readouterr().out)
+    assert status == any(check["status"] == "MISS" for check in result)
+    assert {tuple(check) for check in result} == {("group", "name", "status", "detail", "fix")}
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-10])
     assert doctor(config, tmp_path / "run", json=False) == 1
@@ -76,9 +76,9 @@ def test_exit_status_and_json(tmp_path: Path, model: Path, capsys: pytest.Captur
 
 
 def test_every_dependency_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    (found,) = (check for check in checks.python_checks() if check.name == "packages")
-    assert found.status == "OK" and found.detail.count(", ") > 20
-    assert all(f"{name} " in found.detail for name in ("deepspeed", "torch", "transformers", "mpi4py"))
+    (result,) = (check for check in checks.python_checks() if check.name == "packages")
+    assert result.status == "OK" and result.detail.count(", ") > 20
+    assert all(f"{name} " in result.detail for name in ("deepspeed", "torch", "transformers", "mpi4py"))
     monkeypatch.setattr(checks.importlib.metadata, "requires", lambda name: ["numpy>=99", "no-such-package"])
     missing = {check.name: check for check in checks.python_checks() if check.status == "MISS"}
     assert missing["numpy"].fix == 'pip install "numpy>=99"' and "is not >=99" in missing["numpy"].detail
@@ -95,9 +95,9 @@ def program(folder: Path, name: str, body: str) -> None:
 
 def test_too_many_processes_and_too_little_memory(tmp_path: Path, tiny_model: Path) -> None:
     config = loaded(tmp_path, tiny_model, distributed__threads=4)
-    found = list(checks.capacity_checks(config, 10_000, 1e18))
-    assert of(found, "capacity")["cores"].status == "WARN"
-    assert "--nproc" in only_fault(found, "memory", "loading needs").fix
+    results = list(checks.capacity_checks(config, 10_000, 1e18))
+    assert of(results, "capacity")["cores"].status == "WARN"
+    assert "--nproc" in only_fault(results, "memory", "loading needs").fix
 
 
 def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,11 +105,11 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    found = list(checks.accelerator_checks(None))
+    results = list(checks.accelerator_checks(None))
     if Path("/dev/nvidiactl").exists():
-        only_fault(found, "GPUs")
+        only_fault(results, "GPUs")
     else:
-        assert of(found, "accelerators")["GPUs"].status == "WARN"
+        assert of(results, "accelerators")["GPUs"].status == "WARN"
     program(tmp_path, "nvidia-smi", "echo 580.159.03")
     monkeypatch.setenv("PATH", str(tmp_path))
     only_fault(list(checks.accelerator_checks(None)), "580.159.03", "torch sees no GPU", "CUDA build")
@@ -153,7 +153,7 @@ def test_it_refuses_what_run_refuses(tmp_path: Path, tiny_model: Path, monkeypat
         run_verb("run", Request(config, RunDirectory(tmp_path / "run")))
     fault = only_fault(run_checks(config, tmp_path / "run"))
     assert fault.name == "its own checks" and fault.fix == refused.value.fix
-    assert fault.detail == f"{refused.value.where}: {refused.value.what}"
+    assert fault.detail == f"{refused.value.where}: {refused.value.problem}"
 
 
 def test_automatic_sizes_fit_the_machine(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +206,8 @@ def test_what_late_stages_and_variants_would_stumble_on(
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"text": "salt", "choices": ["a", "b", "c", "d"], "answer": 0}\n')
-    found = share_checks(loaded(tmp_path, tiny_model, **changes), tmp_path / "run")
-    only_fault([check for check in found if check.group != "hub"], *words)  # there: what was not fetched
+    result = share_checks(loaded(tmp_path, tiny_model, **changes), tmp_path / "run")
+    only_fault([check for check in result if check.group != "hub"], *words)  # there: what was not fetched
 
 
 def test_a_check_that_fails_does_not_hide_the_others() -> None:

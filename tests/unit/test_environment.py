@@ -36,10 +36,10 @@ SRUN = JOB | {"LOCAL_RANK": "3", "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NOD
     ],
 )
 def test_the_device_of_a_process(environment: dict[str, str], sees: int, has: int, local_rank: str | None) -> None:
-    found = dict(environment)
-    complete_launch(found, sees, has)
-    assert found.get("LOCAL_RANK") == local_rank
-    assert bool(found) == ("MASTER_ADDR" in found) == ("MASTER_PORT" in found)
+    result = dict(environment)
+    complete_launch(result, sees, has)
+    assert result.get("LOCAL_RANK") == local_rank
+    assert bool(result) == ("MASTER_ADDR" in result) == ("MASTER_PORT" in result)
 
 
 @pytest.mark.parametrize(

@@ -90,22 +90,22 @@ COLLECT = ["batch_rows=1", f"batch_rows={HUGE}", f"save_every={HUGE}", "save_eve
 def test_what_is_counted_is_the_same_in_any_batches(server: Server, done: Path, tmp_path: Path, change: str) -> None:
     result = start(server, done, tmp_path, "collect", [f"statistics.{change}"], "data")
     assert result.returncode == 0 and result.seconds < 60, result
-    usual, found = (statistics(run) for run in (done.parent / "run", tmp_path / "run"))
+    usual, actual = (statistics(run) for run in (done.parent / "run", tmp_path / "run"))
     for name in ("counts_LE", "documents"):
-        assert name not in usual or np.array_equal(usual[name], found[name])
-    assert usual.keys() == found.keys() and "counts_LE" in usual
+        assert name not in usual or np.array_equal(usual[name], actual[name])
+    assert usual.keys() == actual.keys() and "counts_LE" in usual
 
 
 @pytest.mark.parametrize("length", [2, 1 << 24])
 def test_rows_of_any_length_hold_every_token(server: Server, done: Path, tmp_path: Path, length: int) -> None:
     result = start(server, done, tmp_path, "prepare", [f"data.context_length={length}"])
     assert result.returncode == 0, result
-    usual, found = (
+    usual, actual = (
         json.loads((run / "data/artefact.json").read_text())["summary"]
         for run in (done.parent / "run", tmp_path / "run")
     )
     for side in ("forget", "retain"):
-        assert all(usual[side][key] == found[side][key] for key in ("documents", "tokens"))
+        assert all(usual[side][key] == actual[side][key] for key in ("documents", "tokens"))
 
 
 UNIFORM = "the rule raking gave uniform weights"
@@ -191,9 +191,9 @@ def test_scores_of_no_task_and_of_many_at_once(
     parts = ("data", "statistics", "calibration", "checkpoints", "model")
     result = start(server, done, tmp_path, "evaluate", changes, *parts)
     assert result.returncode == 0, result
-    found = scores(tmp_path / "run", "unlearned")
-    assert (found == []) == ("evaluation.tasks=[]" in changes)
-    assert not same or found == pytest.approx(scores(done.parent / "run", "unlearned"))
+    actual = scores(tmp_path / "run", "unlearned")
+    assert (actual == []) == ("evaluation.tasks=[]" in changes)
+    assert not same or actual == pytest.approx(scores(done.parent / "run", "unlearned"))
 
 
 @pytest.mark.parametrize(("size", "files"), [("1B", None), ("1TB", 1)])

@@ -59,16 +59,16 @@ def exact(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("first", [TOKENS, 4])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_chunked_values_and_gradients_are_the_exact_ones(chunk: int, first: int) -> None:
-    for found, expected in zip(chunked(torch.float32, chunk, first), exact(torch.float32), strict=True):
-        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6
+    for actual, expected in zip(chunked(torch.float32, chunk, first), exact(torch.float32), strict=True):
+        assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_bf16_errs_no_more_than_without_chunks(chunk: int) -> None:
     whole, pieces = chunked(torch.bfloat16, TOKENS), chunked(torch.bfloat16, chunk, 4)
     assert torch.equal(pieces[0], whole[0])
-    for found, reference, expected in zip(pieces, whole, exact(torch.bfloat16), strict=True):
-        error, allowed = ((value - expected).abs().max() for value in (found, reference))
+    for actual, reference, expected in zip(pieces, whole, exact(torch.bfloat16), strict=True):
+        error, allowed = ((value - expected).abs().max() for value in (actual, reference))
         # the weight's gradient is rounded once per product, then summed in fp32
         assert float(error) <= 2 * float(allowed)
 
@@ -77,11 +77,11 @@ def test_bf16_errs_no_more_than_without_chunks(chunk: int) -> None:
 def test_losses_in_pieces_are_those_of_the_full_logits(bias: bool) -> None:
     hidden, weight, targets, _ = (tensor.detach() for tensor in head_inputs(torch.float32))
     bias_V = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1)) if bias else None
-    found = chunked_nll(weight, bias_V, hidden, targets, logits_elements=VOCABULARY * 5)
+    actual = chunked_nll(weight, bias_V, hidden, targets, logits_elements=VOCABULARY * 5)
     logits = functional.linear(hidden.double(), weight.double(), None if bias_V is None else bias_V.double())
     expected = functional.cross_entropy(logits, targets, reduction="none")
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def batch(rows: int = 2, length: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,13 +97,13 @@ def test_a_pass_that_ends_at_a_layer_equals_the_whole_one(tiny_model: Path) -> N
     for number, module in enumerate(model.model.layers):
         module.register_forward_hook(lambda *_, number=number: ran.append(number))
     model.lm_head.register_forward_hook(lambda *_: ran.append(-1))
-    found = passes.forward(Plain(model), ids, positions, layer=layer)
+    actual = passes.forward(Plain(model), ids, positions, layer=layer)
     assert ran == list(range(layer + 1))
-    assert found.values == [] and found.last_BSD is None and found.layer_BSD is not None
+    assert actual.values == [] and actual.last_BSD is None and actual.layer_BSD is not None
     expected = []  # by a hook: transformers' own last hidden state is the one after the norm
     model.model.layers[layer].register_forward_hook(lambda *arguments: expected.append(arguments[2]))
     logits = model(input_ids=ids, position_ids=positions).logits  # everything is as it was
-    assert torch.equal(found.layer_BSD, expected[0]) and logits.shape == (2, 6, 300)
+    assert torch.equal(actual.layer_BSD, expected[0]) and logits.shape == (2, 6, 300)
 
 
 def test_layer_and_values_come_from_one_pass(tiny_model: Path) -> None:
@@ -112,14 +112,14 @@ def test_layer_and_values_come_from_one_pass(tiny_model: Path) -> None:
     rows, columns = torch.tensor([0, 0, 1]), torch.tensor([0, 3, 4])
     picked = passes.HeadRequest(rows, columns, lambda logits, part: nll(logits, ids[rows, columns + 1][part]))
     largest = passes.HeadRequest(rows[:1], columns[:1], lambda logits, part: logits.max(dim=1).values)
-    found = passes.forward(Plain(model), ids, positions, layer=1, requests=[picked, largest], last=True)
+    actual = passes.forward(Plain(model), ids, positions, layer=1, requests=[picked, largest], last=True)
     output = model(input_ids=ids, position_ids=positions, output_hidden_states=True)
     log_probabilities = torch.log_softmax(output.logits.double(), -1)
     expected = -log_probabilities[rows, columns, ids[rows, columns + 1]]
-    torch.testing.assert_close(found.values[0].double(), expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(found.values[1], output.logits[0, 0].max()[None])
-    assert found.layer_BSD is not None and found.last_BSD is not None
-    assert torch.equal(found.layer_BSD, output.hidden_states[2])
-    assert torch.equal(found.last_BSD, output.hidden_states[-1])
+    torch.testing.assert_close(actual.values[0].double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(actual.values[1], output.logits[0, 0].max()[None])
+    assert actual.layer_BSD is not None and actual.last_BSD is not None
+    assert torch.equal(actual.layer_BSD, output.hidden_states[2])
+    assert torch.equal(actual.last_BSD, output.hidden_states[-1])
     with pytest.raises(ValueError, match="nothing was requested"):
         passes.forward(Plain(model), ids, positions)

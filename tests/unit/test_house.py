@@ -37,11 +37,11 @@ def table() -> dict[str, list[str]]:
 @functools.cache
 def sources() -> dict[str, str]:
     """Dotted name of every module -> its text."""
-    found = {}
+    result = {}
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
-    return found
+        result[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
+    return result
 
 
 @functools.cache
@@ -108,7 +108,7 @@ def test_the_stages_open_the_configuration() -> None:
     """A room below them gets a section or values, never all of it."""
     rooms = list(table())
     below = {*rooms[: rooms.index("stages")], ""}.difference({"config"})
-    found = {
+    result = {
         module
         for module, text in sources().items()
         for node in parsed(text)
@@ -117,7 +117,7 @@ def test_the_stages_open_the_configuration() -> None:
         and node.module == "trace_ds.config.schema"
         and "Config" in [alias.name for alias in node.names]
     }
-    assert not found
+    assert not result
 
 
 def test_what_the_page_names_is_there() -> None:
@@ -150,5 +150,5 @@ def test_a_forbidden_import_is_found(module: str, line: str) -> None:
 )
 def test_a_circle_is_found(line: str) -> None:
     modules = {module: text for module, text in sources().items() if room_of(module) == "tensors"}
-    found = circle(modules | {"trace_ds.tensors.checkpoint": f"{modules['trace_ds.tensors.checkpoint']}\n{line}\n"})
-    assert "trace_ds.tensors.checkpoint" in found and "trace_ds.tensors.opening" in found
+    result = circle(modules | {"trace_ds.tensors.checkpoint": f"{modules['trace_ds.tensors.checkpoint']}\n{line}\n"})
+    assert "trace_ds.tensors.checkpoint" in result and "trace_ds.tensors.opening" in result

@@ -73,12 +73,12 @@ def test_token_losses_against_other_algebra_in_float64(name: str) -> None:
     logits, frozen = logits_of(0), logits_of(1)
     targets = torch.randint(0, 13, (9,), generator=torch.Generator().manual_seed(2))
     function = losses.TOKEN_LOSSES[name]
-    found = values_and_gradient(lambda z: function(settings, z, targets, frozen), logits)
+    actual = values_and_gradient(lambda z: function(settings, z, targets, frozen), logits)
     expected = values_and_gradient(lambda z: token_values(name, z, targets, frozen, settings), logits)
-    for part, wanted, tolerance in zip(found, expected, (5e-6, 5e-6), strict=True):
-        assert float((part - wanted).abs().max() / wanted.abs().max()) < tolerance
-        assert float((-part - wanted).abs().max() / wanted.abs().max()) > 0.1  # a broken sign is seen
-    assert float(found[1].abs().max()) > 1e-6
+    for part, target, tolerance in zip(actual, expected, (5e-6, 5e-6), strict=True):
+        assert float((part - target).abs().max() / target.abs().max()) < tolerance
+        assert float((-part - target).abs().max() / target.abs().max()) > 0.1  # a broken sign is seen
+    assert float(actual[1].abs().max()) > 1e-6
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)

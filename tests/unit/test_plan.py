@@ -142,14 +142,14 @@ def mixtrals(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder, found = tmp_path_factory.mktemp("models"), {}
+    folder, result = tmp_path_factory.mktemp("models"), {}
     for width in (1, 2):
         sizes = {"hidden_size": 256 * width, "intermediate_size": 512 * width, "vocab_size": 2000 * width}
         sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4 * width, "num_key_value_heads": 4 * width}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, num_local_experts=8))
         model.to(torch.bfloat16).save_pretrained(folder / str(width))
-        found[width] = folder / str(width)
-    return found
+        result[width] = folder / str(width)
+    return result
 
 
 @pytest.mark.slow
@@ -225,13 +225,15 @@ def test_zero3_keeps_and_moves_what_was_planned(tiny_model: Path, tmp_path: Path
 def test_collectives_by_hand() -> None:
     """Two nodes of four GPUs: all of them, the two that hold the same experts, an exchange among all."""
     spec = ClusterSpec(nodes=2, gpus_per_node=4, intra_gb_s=100, inter_gb_s=10)
-    found = collective(spec, "", 8, 4, 8 * GB, 2)
+    result = collective(spec, "", 8, 4, 8 * GB, 2)
     # 7 of 8 GB arrive inside; 4 GB cross to each node through four ports of 10 GB/s
-    assert (found.received_bytes, found.intra_s, found.inter_s) == pytest.approx((14 * GB, 2 * 7 / 100, 2 * 4 / 4 / 10))
-    found = collective(spec, "", 2, 1, 8 * GB, 1)
-    assert (found.received_bytes, found.intra_s, found.inter_s) == pytest.approx((4 * GB, 0, 4 / 10))
-    found = collective(spec, "", 8, 4, 8 * GB, 1, exchange=True)
-    assert (found.received_bytes, found.intra_s, found.inter_s) == pytest.approx((7 * GB, 3 / 100, 4 / 10))
+    assert (result.received_bytes, result.intra_s, result.inter_s) == pytest.approx(
+        (14 * GB, 2 * 7 / 100, 2 * 4 / 4 / 10)
+    )
+    result = collective(spec, "", 2, 1, 8 * GB, 1)
+    assert (result.received_bytes, result.intra_s, result.inter_s) == pytest.approx((4 * GB, 0, 4 / 10))
+    result = collective(spec, "", 8, 4, 8 * GB, 1, exchange=True)
+    assert (result.received_bytes, result.intra_s, result.inter_s) == pytest.approx((7 * GB, 3 / 100, 4 / 10))
 
 
 def test_flops_of_mixtral_by_hand() -> None:
@@ -329,15 +331,15 @@ def test_variants_are_jobs_of_their_own() -> None:
     sized = {"unlearning__forget_rows": 64, "unlearning__retain_rows": 64, "distributed__ep": 8}
     config = run_config(**sized).model_copy(update={"variants": changes})
     mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
-    found = plan_model(mixtral, config, spec)
-    assert list(found.stages)[2:] == ["unlearn of half", "unlearn of kept"]
+    result = plan_model(mixtral, config, spec)
+    assert list(result.stages)[2:] == ["unlearn of half", "unlearn of kept"]
     storage = plan_model(mixtral, run_config(**sized), spec).storage_bytes
     for name, variant in changes.items():
         own = {key.replace(".", "__"): value for key, value in variant.items()}
         alone = plan_model(mixtral, run_config(**sized, **own), spec)
-        assert found.stages[f"unlearn of {name}"] == alone.unlearn != found.unlearn
+        assert result.stages[f"unlearn of {name}"] == alone.unlearn != result.unlearn
         storage += alone.storage_bytes
-    assert found.storage_bytes == storage
+    assert result.storage_bytes == storage
     tight = " ".join(plan_model(mixtral, config, ClusterSpec(nodes=4, gpu_memory_gb=40)).warnings)
     assert "unlearn of kept needs" in tight
 
@@ -360,21 +362,21 @@ def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pyt
     made = {"models": {"target": ["forget", "retain"], "retrained": ["retain"]}, "epochs": 2, "batch_rows": 128}
     made = {f"finetune__{key}": value for key, value in (made | {"recompute": True, "micro_batch_rows": 4}).items()}
     mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
-    found = plan_model(mixtral, run_config(**sized, **made), spec)
-    target, retrained = (found.stages[f"finetune of {name}"] for name in ("target", "retrained"))
+    result = plan_model(mixtral, run_config(**sized, **made), spec)
+    target, retrained = (result.stages[f"finetune of {name}"] for name in ("target", "retrained"))
     assert (target.steps, retrained.steps) == (4, 3)
     assert (target.rows, target.memory, target.traffic) == (4, retrained.memory, retrained.traffic)
     same = ("resident", "compute", "layer", "step", "start")
-    assert all(getattr(target.memory, phase) == getattr(found.unlearn.memory, phase) for phase in same)
-    assert target.memory.head["logits"] > found.unlearn.memory.head["logits"]
-    assert (target.resources_s, target.traffic) == (found.unlearn.resources_s, found.unlearn.traffic)
-    assert target.largest_rows > 1.5 * found.unlearn.largest_rows  # of unlearning they are pairs
+    assert all(getattr(target.memory, phase) == getattr(result.unlearn.memory, phase) for phase in same)
+    assert target.memory.head["logits"] > result.unlearn.memory.head["logits"]
+    assert (target.resources_s, target.traffic) == (result.unlearn.resources_s, result.unlearn.traffic)
+    assert target.largest_rows > 1.5 * result.unlearn.largest_rows  # of unlearning they are pairs
     without = plan_model(mixtral, run_config(**sized), spec)
-    assert len(without.stages) == 2 and found.storage_bytes == pytest.approx(3 * without.storage_bytes)
-    print_plan(found)
+    assert len(without.stages) == 2 and result.storage_bytes == pytest.approx(3 * without.storage_bytes)
+    print_plan(result)
     shown = capsys.readouterr().out
     assert "finetune of retrained" in shown and "all 3" in shown
-    assert as_dict(found)["stages"]["finetune of target"]["at_least_s"] == target.at_least_s
+    assert as_dict(result)["stages"]["finetune of target"]["at_least_s"] == target.at_least_s
     del corpora["data__forget"]
     away = run_config(**sized | corpora | {"data__forget": [{"path": "nowhere.txt"}]}, **made)
     assert plan_model(mixtral, away, spec).stages["finetune of target"].at_least_s is None

@@ -57,15 +57,15 @@ def test_the_later_one_wins_key_by_key(under: dict[str, Any], over: dict[str, An
     merged = merge(under, over)
     assert (under, over) == before
     for path in paths(under) | paths(over):
-        mine, theirs, found = at(over, path), at(under, path), at(merged, path)
+        mine, theirs, result = at(over, path), at(under, path), at(merged, path)
         if isinstance(mine, dict):
-            assert isinstance(found, dict)
+            assert isinstance(result, dict)
         elif mine is not ...:
-            assert found == mine
+            assert result == mine
         elif all(isinstance(at(over, path[:n]), dict) or at(over, path[:n]) is ... for n in range(len(path))):
-            assert found == theirs
+            assert result == theirs
         else:
-            assert found is ...  # a section of `under` that `over` replaced by a value
+            assert result is ...  # a section of `under` that `over` replaced by a value
     assert paths(merged) <= paths(under) | paths(over)
 
 
@@ -266,8 +266,8 @@ def test_slurm_names_the_run_as_the_command_does(tmp_path: Path) -> None:
         (["wmdp_cyber", "olmoe_1b_7b", "mine.yaml"], "of_mine"),
     ]:
         body = f'set -euo pipefail; TRACE_DS_HOME=$1; config=$2; arguments=("${{@:3}}")\n{function}config_name'
-        found = run(["bash", "-c", body, "bash", str(ROOT), *words], cwd=tmp_path)
-        assert (found.returncode, found.stdout.strip()) == (0, name), found.stderr
+        result = run(["bash", "-c", body, "bash", str(ROOT), *words], cwd=tmp_path)
+        assert (result.returncode, result.stdout.strip()) == (0, name), result.stderr
 
 
 HEADLINES = {

@@ -129,34 +129,34 @@ def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> N
     )
     differences, error = mine - base, (mine - base).std(ddof=1) / np.sqrt(80)
     score = {(r["model"], r["metric"]): r for r in rows_of(run / "report" / "scores.csv") if r["task"] == "near facts"}
-    found = score["unlearned", "exact_match"]
-    assert float(found["gain_low"]) == pytest.approx(differences.mean() - 1.96 * error, abs=1e-4)
-    assert float(found["gain_high"]) == pytest.approx(differences.mean() + 1.96 * error, abs=1e-4)
+    result = score["unlearned", "exact_match"]
+    assert float(result["gain_low"]) == pytest.approx(differences.mean() - 1.96 * error, abs=1e-4)
+    assert float(result["gain_high"]) == pytest.approx(differences.mean() + 1.96 * error, abs=1e-4)
     assert score["uniform", "exact_match"]["gain"] == ""
-    assert float(found["gain_low"]) > 0
+    assert float(result["gain_low"]) > 0
 
 
 def test_the_verdict_answers_in_words(run: Path) -> None:
-    told = verdict([gather(run)])
+    summary = verdict([gather(run)])
     row = headline_of(run)
     after, low = (100 * float(row[f"mean_utility_after_gain{end}"]) for end in ("", "_low"))
-    assert f"it keeps {after:.1f} points more on average once it has forgotten [{low:.1f}, " in told.sentence
-    assert told.sentence.startswith("TRACE forgot what it should and kept ")
-    assert " of 97.0 points of utility; against uniform weights" in told.sentence
-    asked = {each.question: each for each in told.answers}
-    forgot, cost = asked["Did it forget?"], asked["What did it cost?"]
+    assert f"it keeps {after:.1f} points more on average once it has forgotten [{low:.1f}, " in summary.sentence
+    assert summary.sentence.startswith("TRACE forgot what it should and kept ")
+    assert " of 97.0 points of utility; against uniform weights" in summary.sentence
+    requested = {each.question: each for each in summary.answers}
+    forgot, cost = requested["Did it forget?"], requested["What did it cost?"]
     assert forgot.answer == "Yes" and forgot.details == (
         "elements (accuracy): 30.0 [21.1, 40.8] of 100 after, 97.0 before; forgotten is at most 34.0, what a model "
         "scores that never saw the text.",
     )
     assert cost.answer.endswith("points of utility")
     assert any(line.startswith("Fluency (perplexity of novels") for line in cost.details)
-    first = asked["Is TRACE better than uniform weights?"].details[1]
+    first = requested["Is TRACE better than uniform weights?"].details[1]
     assert first.startswith(
         "At the first scored step that had forgotten (60 against 60; 20 steps after the score before"
     )
-    assert "moment of forgetting" not in " ".join(told.lines)  # nobody scored the model there
-    assert "One seed is no proof" in " ".join(told.lines)
+    assert "moment of forgetting" not in " ".join(summary.lines)  # nobody scored the model there
+    assert "One seed is no proof" in " ".join(summary.lines)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
     low, high = t.interval(0.95, 2, np.mean(gains), sem(gains))
     assert float(row["mean_utility_after_gain_low"]) == pytest.approx(low, rel=1e-4)
     assert float(row["mean_utility_after_gain_high"]) == pytest.approx(high, rel=1e-4)
-    found = {(r["model"], r["task"], r["metric"]): r for r in rows_of(paths[0] / "report" / "scores.csv")}
-    assert found["unlearned", "near facts", "accuracy"]["runs"] == "3" and not any(
-        key[0].startswith("b/") for key in found
+    result = {(r["model"], r["task"], r["metric"]): r for r in rows_of(paths[0] / "report" / "scores.csv")}
+    assert result["unlearned", "near facts", "accuracy"]["runs"] == "3" and not any(
+        key[0].startswith("b/") for key in result
     )
 
 
@@ -228,11 +228,13 @@ def headline_of(run: Path) -> dict[str, str]:
 def test_every_forget_task_must_reach_its_own_target(run: Path) -> None:
     data = gather(run)
     evaluation = data.evaluations()["unlearned"]  # elements accuracy .3, falls; capitals accuracy, grows
-    goal = [s for s in evaluation.scores if (s.task, s.metric) in (("elements", "accuracy"), ("capitals", "accuracy"))]
+    objective = [
+        s for s in evaluation.scores if (s.task, s.metric) in (("elements", "accuracy"), ("capitals", "accuracy"))
+    ]
     for levels, left in (
-        ([0.25, 0.1], 0.05), ([0.35, 0.01], 0.99 - goal[1].value), ([0.35, 1 - goal[1].value], 0.0)
+        ([0.25, 0.1], 0.05), ([0.35, 0.01], 0.99 - objective[1].value), ([0.35, 1 - objective[1].value], 0.0)
     ):  # fmt: skip
-        targets = [scores.Target(score, level, "") for score, level in zip(goal, levels, strict=True)]
+        targets = [scores.Target(score, level, "") for score, level in zip(objective, levels, strict=True)]
         assert scores.excess(evaluation, targets) == pytest.approx(left)
 
 
@@ -251,9 +253,9 @@ def test_forgetting_is_told_by_the_interval_of_the_paired_difference(
     tmp_path: Path, forget: float, after: float, answer: str, words: str
 ) -> None:
     path = write_run(tmp_path / "run", knew=forget, ends=after)
-    told = verdict([gather(path)])
-    assert told.answers[0].answer == answer and words in told.sentence
-    assert ("uniform weights" in told.sentence) == (answer in ("Yes", "Not enough"))
+    summary = verdict([gather(path)])
+    assert summary.answers[0].answer == answer and words in summary.sentence
+    assert ("uniform weights" in summary.sentence) == (answer in ("Yes", "Not enough"))
     assert words in card_of(path)
 
 
@@ -282,15 +284,15 @@ def test_forget_quality_is_compared_with_its_own_level() -> None:
     def score(value: float, task: str = "tofu", **changes: Any) -> Score:
         return Score("m", task, "forget_quality", value, 400, "forget", "higher", None, True, **changes)
 
-    def told(before: float, after: float) -> scores.Outcome:
+    def summary(before: float, after: float) -> scores.Outcome:
         original, final, gold = (Evaluation("m", [score(v)], {}) for v in (before, after, 1.0))
         arm = Arm("unlearned", "raking", None, None, {}, final)
         data = RunData(Path(), "", "", {}, {}, None, None, [], {"original": original, "gold": gold}, [arm], {})
-        (found,) = scores.forgotten(data, final)
-        return found.outcome
+        (result,) = scores.forgotten(data, final)
+        return result.outcome
 
     cases = {(1e-9, 0.3): "forgotten", (1e-9, 0.01): "partly", (1e-9, 1e-9): "kept", (0.4, 0.4): "nothing"}
-    assert {case: told(*case) for case in cases} == cases
+    assert {case: summary(*case) for case in cases} == cases
 
 
 @pytest.mark.parametrize("stages", [("data", "statistics"), ("calibration",)])

@@ -71,8 +71,8 @@ def test_where_between_two_scored_steps(forget: list[float], result: Reached | N
 
 @pytest.mark.parametrize(("count", "of"), [(0, 40), (3, 40), (67, 240), (240, 240)])
 def test_wilson_against_scipy(count: int, of: int) -> None:
-    result, wanted = wilson(count / of, of), stats.binomtest(count, of).proportion_ci(method="wilson")
-    assert (result.low, result.high) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+    result, expected = wilson(count / of, of), stats.binomtest(count, of).proportion_ci(method="wilson")
+    assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_perplexity_interval_against_a_bootstrap_of_documents() -> None:
@@ -83,8 +83,8 @@ def test_perplexity_interval_against_a_bootstrap_of_documents() -> None:
     score = Score("m", "t", "perplexity", 20.0, int(tokens.sum()), "utility", "lower", None)
     result = of_score(score, Evaluation("m", [score], {"t": items}))
     draws = rng.integers(0, 400, (4000, 400))
-    wanted = np.quantile(np.exp(nll[draws].sum(1) / tokens[draws].sum(1)), [0.025, 0.975])
-    assert result is not None and [result.low, result.high] == pytest.approx(wanted, rel=0.01)
+    expected = np.quantile(np.exp(nll[draws].sum(1) / tokens[draws].sum(1)), [0.025, 0.975])
+    assert result is not None and [result.low, result.high] == pytest.approx(expected, rel=0.01)
 
 
 def test_scores_that_are_no_mean_over_questions_have_no_interval() -> None:

@@ -230,16 +230,16 @@ LEFTOVERS: list[tuple[str, str, bool]] = [  # folder of a run, name, whether a k
 ]
 
 
-@pytest.mark.parametrize("what", ["folder", "file", "link"])
-def test_leftovers_are_known_by_name_and_place(project: Path, what: str) -> None:
+@pytest.mark.parametrize("label", ["folder", "file", "link"])
+def test_leftovers_are_known_by_name_and_place(project: Path, label: str) -> None:
     run = RunDirectory(make_run(project))
     write(project / "elsewhere" / "thesis")
     for folder, name, _ in LEFTOVERS:
         place = run.path / folder / name
         place.parent.mkdir(exist_ok=True)
-        if what == "folder":
+        if label == "folder":
             write(place / "x")
-        elif what == "file":
+        elif label == "file":
             write(place)
         else:
             place.symlink_to(project / "elsewhere")
@@ -327,9 +327,9 @@ def test_a_variant_is_known_by_what_is_in_its_parent(project: Path, monkeypatch:
     run = make_run(project)
     monkeypatch.chdir(run / "variants" / "even")
     for path in (Path(), run / "variants" / "even", Path("../even"), Path("../../variants/even")):
-        found = RunDirectory.at(path)
-        assert found.data.samefile(run / "data"), path
-        assert found.calibration.samefile(run / "variants" / "even" / "calibration")
+        result = RunDirectory.at(path)
+        assert result.data.samefile(run / "data"), path
+        assert result.calibration.samefile(run / "variants" / "even" / "calibration")
     (project / "link").symlink_to(run / "variants" / "even")
     assert RunDirectory.at(project / "link").data.samefile(run / "data")
     (project / "variants" / "mine").mkdir(parents=True)
@@ -344,9 +344,9 @@ def test_a_run_waits_for_its_variants_and_they_for_it(tmp_path: Path, monkeypatc
     run.mark()
     one, other = run.variant("one"), run.variant("other")
 
-    def is_free(wanted: RunDirectory, *, replaces_inputs: bool = False) -> bool:
+    def is_free(expected: RunDirectory, *, replaces_inputs: bool = False) -> bool:
         try:
-            with locked(wanted, replaces_inputs=replaces_inputs):
+            with locked(expected, replaces_inputs=replaces_inputs):
                 return True
         except UserError as error:
             assert "another process is using this run directory" in error.line()

@@ -101,10 +101,10 @@ def test_the_ids_are_those_of_transformers(kind: str, special: bool) -> None:
         tokenizer_object=own, bos_token="<s>", eos_token="</s>", split_special_tokens=special
     )
     texts = ["iron gold", "", "lead</s>tin <s> [UNK]", "\n".join(tiny.sentences(20, 0, tiny.WORDS)), "金的 1\n\n  if"]
-    found = encoder(tokenizer)
+    result = encoder(tokenizer)
     assert type(library_tokenizer(tokenizer)) is Tokenizer
-    assert found(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"] == found(texts)
-    assert len(found([texts[3]])[0]) > 8
+    assert result(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"] == result(texts)
+    assert len(result([texts[3]])[0]) > 8
 
 
 def test_documents_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,7 +169,7 @@ def check(path: Path) -> Any:
         return read_archive(path)
     except UserError as error:
         fix = "restore the file, or use another step"
-        raise UserError(f"the shard cannot be loaded safely ({error.what})", str(path), fix) from None
+        raise UserError(f"the shard cannot be loaded safely ({error.problem})", str(path), fix) from None
 
 
 def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:

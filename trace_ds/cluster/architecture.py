@@ -165,11 +165,11 @@ def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
         a = _built(family, json.dumps(config, sort_keys=True))
     except Exception as error:  # whatever a value that nobody would write makes of some line in transformers
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = f"transformers cannot build the model that it describes ({reason})"
-        raise UserError(what, where, "copy the model's config again") from None
+        problem = f"transformers cannot build the model that it describes ({reason})"
+        raise UserError(problem, where, "copy the model's config again") from None
     if not 0 < a.top_k <= a.experts:
-        what = f"num_experts_per_tok is {a.top_k} but the model has {a.experts} experts"
-        raise UserError(what, where, "correct the model's config")
+        problem = f"num_experts_per_tok is {a.top_k} but the model has {a.experts} experts"
+        raise UserError(problem, where, "correct the model's config")
     return a
 
 

@@ -67,7 +67,7 @@ def checked(group: str, name: str, find: Callable[[], object], fix: str = "") ->
         return Check(group, name, "OK", str(find() or "in order"))
     except UserError as error:
         where = f"{error.where}: " if error.where else ""
-        return Check(group, name, "MISS", f"{where}{error.what}", error.fix)
+        return Check(group, name, "MISS", f"{where}{error.problem}", error.fix)
     except Exception as error:
         if fix and isinstance(error, OSError):
             return Check(group, name, "MISS", error.strerror or str(error), fix)

@@ -62,17 +62,17 @@ SIZE_BYTES, REPEATS = 1 << 25, 5  # of a timed collective
 def doctor(config: Config | None, run_dir: Path | None, json: bool) -> int:
     """Print the report; 0 when nothing is MISS, else 1. Of a job's ranks the main one prints."""
     with only_looking():
-        found = check_job(config, run_dir) if launched() else run_checks(config, run_dir)
-    if found is None:
+        results = check_job(config, run_dir) if launched() else run_checks(config, run_dir)
+    if results is None:
         return 0
     if json:
-        print(json_module.dumps([asdict(check) for check in found], indent=1, ensure_ascii=False))
+        print(json_module.dumps([asdict(check) for check in results], indent=1, ensure_ascii=False))
     else:
-        print_report(found)
-    return EXIT_MISSING if any(check.status == "MISS" for check in found) else 0
+        print_report(results)
+    return EXIT_MISSING if any(check.status == "MISS" for check in results) else 0
 
 
-def print_report(found: list[Check]) -> None:
+def print_report(results: list[Check]) -> None:
     """The checks as a table, and one line that sums them up."""
     from rich.markup import escape
     from rich.table import Table
@@ -84,13 +84,13 @@ def print_report(found: list[Check]) -> None:
     for column in ("", "status", "check", "found"):
         table.add_column(column, overflow="fold")
     group = None
-    for check in found:
+    for check in results:
         text = escape(check.detail) + (f"\n[bold]fix:[/bold] {escape(check.fix)}" if check.fix else "")
         status = f"[{STYLES[check.status]}]{check.status}[/]"
         table.add_row("" if check.group == group else check.group, status, escape(check.name), text)
         group = check.group
     console.print(table)
-    counts = {status: sum(check.status == status for check in found) for status in STYLES}
+    counts = {status: sum(check.status == status for check in results) for status in STYLES}
     console.print(", ".join(f"{number} {status}" for status, number in counts.items()), highlight=False)
 
 
@@ -101,12 +101,14 @@ def run_checks(config: Config | None, run_dir: Path | None) -> list[Check]:
 
 def machine_checks(config: Config | None) -> list[Check]:
     """Software, accelerators and network of this machine: what may keep it out of a job."""
-    found = guarded("python", "packages", checks.python_checks)
-    found += guarded("accelerators", "torch", lambda: checks.accelerator_checks(config))
+    results = guarded("python", "packages", checks.python_checks)
+    results += guarded("accelerators", "torch", lambda: checks.accelerator_checks(config))
     resolved = functools.partial(socket.gethostbyname, socket.gethostname())  # gloo and NCCL connect by it
-    found.append(checked("network", "host name", resolved, "add this host's name to /etc/hosts"))
-    found.append(checked("SLURM", "site settings", lambda: site_file() or "none"))
-    return found if config is None else found + guarded("compiler", "compiler", lambda: checks.compiler_checks(config))
+    results.append(checked("network", "host name", resolved, "add this host's name to /etc/hosts"))
+    results.append(checked("SLURM", "site settings", lambda: site_file() or "none"))
+    return (
+        results if config is None else results + guarded("compiler", "compiler", lambda: checks.compiler_checks(config))
+    )
 
 
 def share_checks(config: Config | None, run_dir: Path | None, ranks: JoinedRanks | None = None) -> list[Check]:
@@ -121,18 +123,18 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: JoinedRanks
         processes = ranks.nodes.count(ranks.node)
     planned = None if config is None else _plan(config, len(set(ranks.nodes)) if ranks else 1, processes)
     needed, stored = (planned.host_bytes, planned.storage_bytes) if planned else (None, None)
-    found = guarded("capacity", "capacity", lambda: checks.capacity_checks(config, processes, needed))
+    results = guarded("capacity", "capacity", lambda: checks.capacity_checks(config, processes, needed))
     if run_dir is not None:
-        found += guarded("storage", "run directory", lambda: checks.storage_checks(run_dir, stored))
+        results += guarded("storage", "run directory", lambda: checks.storage_checks(run_dir, stored))
     if config is not None and written is not None:
         inputs = guarded("hub", "cache", lambda: checks.hub_checks(written, run_dir))
         inputs += guarded("corpora", "corpora", lambda: checks.corpus_checks(config))
-        found += inputs
+        results += inputs
         missing = [check for check in inputs if check.status == "MISS" and "evaluation.tasks" not in check.name]
         if run_dir is not None and not missing:  # else it would say that again
             size = ranks.world.size if ranks else None
-            found.append(checked("run", "its own checks", lambda: checks.run_check(config, run_dir, size)))
-    return found
+            results.append(checked("run", "its own checks", lambda: checks.run_check(config, run_dir, size)))
+    return results
 
 
 def _plan(config: Config, nodes: int, processes: int) -> RunPlan | None:
@@ -181,13 +183,13 @@ def check_job(config: Config | None, run_dir: Path | None) -> list[Check] | None
         return None
     if ranks.first_on_node:
         own += share_checks(config, run_dir, ranks)
-    found = merged(ranks, own)
-    found += guarded("nodes", "same files", lambda: sameness_checks(ranks, config and with_cached(config)))
+    results = merged(ranks, own)
+    results += guarded("nodes", "same files", lambda: sameness_checks(ranks, config and with_cached(config)))
     if run_dir is not None:
-        found += guarded("storage", "shared", lambda: shared_storage_checks(ranks, run_dir))
-    found += guarded("collectives", "bandwidth", lambda: bandwidth_checks(ranks))
+        results += guarded("storage", "shared", lambda: shared_storage_checks(ranks, run_dir))
+    results += guarded("collectives", "bandwidth", lambda: bandwidth_checks(ranks))
     leave_job(ranks)
-    return found if ranks.world.is_main else None
+    return results if ranks.world.is_main else None
 
 
 def node_name() -> str:
@@ -221,10 +223,10 @@ def leave_job(ranks: JoinedRanks) -> None:
 
 def merged(ranks: JoinedRanks, own: list[Check]) -> list[Check]:
     """One line per check for all nodes: the worst status, with the nodes that have it when not all do."""
-    every = {node: found for node, found in zip(ranks.nodes, ranks.world.gather(own), strict=True) if found}
+    every = {node: results for node, results in zip(ranks.nodes, ranks.world.gather(own), strict=True) if results}
     lines: dict[tuple[str, str], dict[str, Check]] = {}
-    for node, found in every.items():
-        for check in found:
+    for node, results in every.items():
+        for check in results:
             lines.setdefault((check.group, check.name), {})[node] = check
     return [_worst(by_node, len(every)) for by_node in lines.values()]
 

@@ -81,14 +81,14 @@ class ZeroSettings:
     @classmethod
     def of(cls, stage: int, section: Mapping[str, Any]) -> ZeroSettings:
         """Those of a ``zero_optimization`` section (``"auto"`` counts as the default)."""
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, value in section.items():
             if name.startswith("offload_"):
-                found[name] = (value or {}).get("device") not in (None, "none")
+                values[name] = (value or {}).get("device") not in (None, "none")
             elif isinstance(value, int | float) and not isinstance(value, bool):
-                found[name] = int(value)
+                values[name] = int(value)
         known = {entry.name for entry in fields(cls)} - {"stage"}
-        return cls(stage, **{name: value for name, value in found.items() if name in known})
+        return cls(stage, **{name: value for name, value in values.items() if name in known})
 
 
 @dataclass(frozen=True)

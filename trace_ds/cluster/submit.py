@@ -162,15 +162,15 @@ def site_file() -> Path | None:
     """
     named = os.environ.get(SITE_VARIABLE)
     places = SITE_PLACES if named is None else (named,)
-    found = next((path for path in map(Path, map(os.path.expanduser, filter(None, places))) if path.exists()), None)
-    where = str(found) if named is None else f"{SITE_VARIABLE}={named}"
-    if found is None and named:
+    path = next((path for path in map(Path, map(os.path.expanduser, filter(None, places))) if path.exists()), None)
+    where = str(path) if named is None else f"{SITE_VARIABLE}={named}"
+    if path is None and named:
         raise UserError("no such file", where, "copy slurm/site.env.example there and fill it in")
-    if found is not None and not (found.is_file() and os.access(found, os.R_OK)):
+    if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
         raise UserError("the site file is not a file that can be read", where, "correct the path, or make it one")
-    if found is not None and found.stat().st_size > MAX_SITE_BYTES:
+    if path is not None and path.stat().st_size > MAX_SITE_BYTES:
         raise UserError("the site file is above 1 MiB", where, "correct the path")
-    return found and found.absolute()
+    return path and path.absolute()
 
 
 def scripts_folder() -> Path:
@@ -213,8 +213,8 @@ def check_queue(run_dir: Path) -> None:
     # %F: an array's own id for each of its tasks, which is what sbatch printed
     queued = subprocess.run(["squeue", "--noheader", "--format=%F"], capture_output=True, text=True, check=False)
     if active := sorted(ids & set(queued.stdout.split()), key=int):
-        what = f"jobs of this run are still queued or running: {' '.join(active)}"
-        raise UserError(what, str(run_dir), f"wait for them, or scancel {' '.join(active)}")
+        problem = f"jobs of this run are still queued or running: {' '.join(active)}"
+        raise UserError(problem, str(run_dir), f"wait for them, or scancel {' '.join(active)}")
 
 
 def submitted_jobs(record: Path) -> list[str]:

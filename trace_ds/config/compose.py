@@ -154,8 +154,8 @@ class _Reading:
         bases = [bases] if isinstance(bases, str) else bases
         if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
             raise UserError("extends is no name or path, or list of them", shown(path), "write extends: NAME")
-        found = [find(base, path.parent) for base in bases]
-        return dict(merge(self.layers(found, (*inside, resolved)), raw))
+        bases = [find(base, path.parent) for base in bases]
+        return dict(merge(self.layers(bases, (*inside, resolved)), raw))
 
     def layers(self, paths: Sequence[Path], inside: tuple[Path, ...]) -> dict[str, Any]:
         """Files merged in their order, a task over a model."""

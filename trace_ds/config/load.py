@@ -149,7 +149,7 @@ def _explain(error: ValidationError, where: str) -> UserError:
     if first["type"] == "missing":
         return UserError(f"the key {location!r} is missing", where, f"add {location}: …")
     message = str(first["msg"]).removeprefix("Value error, ")
-    found = f" (found {_shown(first['input'])})" if isinstance(first["input"], str | int | float | bool | None) else ""
+    given = f" (found {_shown(first['input'])})" if isinstance(first["input"], str | int | float | bool | None) else ""
     if not location:
         return UserError(message, where, "change one of the two keys")
-    return UserError(f"{location}: {message}{found}", where, f"correct the value of {location}")
+    return UserError(f"{location}: {message}{given}", where, f"correct the value of {location}")

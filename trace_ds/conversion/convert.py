@@ -325,7 +325,7 @@ def _from_base(
         tensors = open_model(base, layout)
         fingerprint = model_fingerprint(base) if checkpoint.base is not None else None
     except UserError as error:
-        raise UserError(f"{note}. That model cannot be read ({error.what})", str(base), fix) from None
+        raise UserError(f"{note}. That model cannot be read ({error.problem})", str(base), fix) from None
     if fingerprint != checkpoint.base:
         raise UserError(f"{note}. This is another model than the job started from", str(base), fix)
     return {name: tensors[name] for name in names}

@@ -58,8 +58,8 @@ def local_rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[in
 
 def _place(rank_name: str, rank: str, size_name: str, size: str) -> tuple[int, int]:
     if not (rank.isascii() and rank.isdigit() and size.isascii() and size.isdigit() and int(rank) < int(size) < 10**9):
-        what = f"{rank_name}={rank[:40]!r} is no rank of {size_name}={size[:40]!r}"
-        raise UserError(what, "the environment", "start through torchrun, deepspeed, srun or mpirun, or unset both")
+        problem = f"{rank_name}={rank[:40]!r} is no rank of {size_name}={size[:40]!r}"
+        raise UserError(problem, "the environment", "start through torchrun, deepspeed, srun or mpirun, or unset both")
     return int(rank), int(size)
 
 
@@ -84,8 +84,8 @@ def complete_launch(environment: MutableMapping[str, str], accelerators: int, on
     fix = "start through torchrun, deepspeed, srun or mpirun, or export what is missing (as slurm/common.sh does)"
     if "LOCAL_RANK" not in environment:
         if size > 1 and accelerators > 1:
-            what = f"RANK and WORLD_SIZE are set, LOCAL_RANK is not, and {accelerators} devices are visible"
-            raise UserError(what, "the environment", fix)
+            problem = f"RANK and WORLD_SIZE are set, LOCAL_RANK is not, and {accelerators} devices are visible"
+            raise UserError(problem, "the environment", fix)
         environment["LOCAL_RANK"] = "0"
     if not (environment["LOCAL_RANK"].isascii() and environment["LOCAL_RANK"].isdigit()):
         raise UserError(f"LOCAL_RANK={environment['LOCAL_RANK'][:40]!r} is no local rank", "the environment", fix)
@@ -110,11 +110,11 @@ def accelerator_count(environment: Mapping[str, str] = os.environ, devices: Path
 
 def accelerator_names(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
     """Those GPUs as CUDA_VISIBLE_DEVICES names them: what is inherited there, else their numbers."""
-    found = machine_accelerators(devices)
+    count = machine_accelerators(devices)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return [str(number) for number in range(found)]
-    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")][:found]
+        return [str(number) for number in range(count)]
+    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")][:count]
 
 
 def machine_accelerators(devices: Path = Path("/dev")) -> int:

@@ -51,18 +51,18 @@ def run_processes(
     """
     port = str(free_port())
     children: list[subprocess.Popen[bytes]] = []
-    asked: list[int] = []  # signals received, also before there is a child to tell
+    signals: list[int] = []  # signals received, also before there is a child to tell
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in children:
             if child.poll() is None:
-                child.send_signal(signal.SIGKILL if number in asked else signal.SIGTERM)
-        asked.append(number)
+                child.send_signal(signal.SIGKILL if number in signals else signal.SIGTERM)
+        signals.append(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for rank in range(nproc):
-            if asked:  # nothing can have been saved yet: those that are there already have been told
+            if signals:  # nothing can have been saved yet: those that are there already have been told
                 break
             variables = {
                 **os.environ,
@@ -83,13 +83,13 @@ def run_processes(
                     preexec_fn=_begin_rank,
                 )
             )
-            if asked:  # while it was started
+            if signals:  # while it was started
                 children[-1].send_signal(signal.SIGTERM)
         status = _wait(children)
-        if len(set(asked)) < len(asked):
-            return 128 + asked[-1]
+        if len(set(signals)) < len(signals):
+            return 128 + signals[-1]
         ends = {child.returncode for child in children}
-        if asked and (ends <= {0} or -signal.SIGTERM in ends):  # before, or just when, there was nothing to save
+        if signals and (ends <= {0} or -signal.SIGTERM in ends):  # before, or just when, there was nothing to save
             raise StopRequested("stopped on request; run again to go on")
         return status
     finally:

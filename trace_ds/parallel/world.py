@@ -80,9 +80,9 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value`` on every rank, in rank order. Plain data only (numbers, text, lists, arrays)."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def wait_for_main(self) -> None:
         """On the other ranks, wait until the main process comes here too, however long it works before.
@@ -158,16 +158,16 @@ class World:
         except UserError as caught:
             error = caught
         except OSError as caught:
-            what = f"it cannot be read ({caught.strerror or caught})"
-            error = UserError(what, str(caught.filename or where), "check the storage that it lies on")
+            problem = f"it cannot be read ({caught.strerror or caught})"
+            error = UserError(problem, str(caught.filename or where), "check the storage that it lies on")
         if error is not None and not self.is_main:
-            error = UserError(f"on rank {self.rank}: {error.what}", error.where, error.fix)
+            error = UserError(f"on rank {self.rank}: {error.problem}", error.where, error.fix)
         self.raise_on_all_ranks(error)
         return result  # type: ignore[return-value]
 
     def raise_on_all_ranks(self, error: UserError | None) -> None:
         """Raise where any rank has an error: the first one on the main process, AgreedError on the others."""
-        errors = [each for each in self.gather((error.what, error.where, error.fix) if error else None) if each]
+        errors = [each for each in self.gather((error.problem, error.where, error.fix) if error else None) if each]
         if errors:
             raise UserError(*errors[0]) if self.is_main else AgreedError
 

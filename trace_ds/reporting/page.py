@@ -82,7 +82,7 @@ def render(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) 
 
 def payload(run: RunData, tables: dict[str, Table], names: dict[str, str]) -> dict[str, Any]:
     """What the script reads: the tables that it draws by column (long ones thinned) and a few facts."""
-    side, goal, gold = run.retain or run.forget, scores.targets(run), run.references.get(run.gold)
+    side, target_scores, gold = run.retain or run.forget, scores.targets(run), run.references.get(run.gold)
     stride = max(1, -(-len(tables["items"]) // MAX_QUESTIONS)) if "items" in tables else 1
     return {
         "names": names,
@@ -96,8 +96,8 @@ def payload(run: RunData, tables: dict[str, Table], names: dict[str, str]) -> di
         "experts": int(side.counts_LE.shape[1]) if side else 0,
         "top_k": side.top_k if side else 0,
         "tokens": {"forget": run.forget.tokens if run.forget else 0, "retain": run.retain.tokens if run.retain else 0},
-        "target": sum(target.level for target in goal) / len(goal) if goal else None,
-        "target_origin": ", ".join(dict.fromkeys(target.origin for target in goal)),
+        "target": sum(target.level for target in target_scores) / len(target_scores) if target_scores else None,
+        "target_origin": ", ".join(dict.fromkeys(target.origin for target in target_scores)),
         "gold": {role: scores.mean_score(gold, role) for role in ("forget", "utility")} if gold else None,
     }
 

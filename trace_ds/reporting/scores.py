@@ -76,11 +76,11 @@ def targets(run: RunData) -> list[Target]:
     return result
 
 
-def excess(evaluation: Evaluation, goal: Sequence[Target]) -> float | None:
+def excess(evaluation: Evaluation, target_scores: Sequence[Target]) -> float | None:
     """Largest distance of a model's forget scores above their targets (<= 0: forgotten); None if one is missing."""
-    scores = [evaluation.find(target.score.task, target.score.metric) for target in goal]
-    left = [remaining(s) - target.level for s, target in zip(scores, goal, strict=True) if s is not None]
-    return max(left) if len(left) == len(goal) > 0 and not any(map(math.isnan, left)) else None
+    scores = [evaluation.find(target.score.task, target.score.metric) for target in target_scores]
+    left = [remaining(s) - target.level for s, target in zip(scores, target_scores, strict=True) if s is not None]
+    return max(left) if len(left) == len(target_scores) > 0 and not any(map(math.isnan, left)) else None
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,9 @@ def trajectory(run: RunData, label: str | None) -> Trajectory | None:
         return None
     points = arm_points(run, arm)
     tasks = {score.task for score in points[-1][1].scores}
-    goal = [target for target in targets(run) if target.score.task in tasks]
-    left = [excess(model, goal) for _, model in points]
-    on_the_way = bool(arm.checkpoints and goal)
+    target_scores = [target for target in targets(run) if target.score.task in tasks]
+    left = [excess(model, target_scores) for _, model in points]
+    on_the_way = bool(arm.checkpoints and target_scores)
     met = [number for number, value in enumerate(left) if on_the_way and value is not None and value <= TOLERANCE]
     models = [model for _, model in points]
     return Trajectory([s for s, _ in points], models, met[0] if met else None, on_the_way, arm.final or models[-1])

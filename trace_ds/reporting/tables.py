@@ -136,12 +136,12 @@ def curves(run: RunData) -> Table:
 
     ``forget`` is what remains of the knowledge: of TOFU's forget quality 1 less it.
     """
-    rows, goal = [], targets(run)
+    rows, target_scores = [], targets(run)
     for arm in (arm for arm in run.arms if arm.final is not None or arm.checkpoints):
         for step, evaluation in arm_points(run, arm):
             forget, utility = mean_score(evaluation, "forget"), mean_score(evaluation, "utility")
             if forget is not None or utility is not None:
-                left = excess(evaluation, goal)
+                left = excess(evaluation, target_scores)
                 rows.append([arm.label, arm.rule, step, evaluation.model, forget, left, utility])
     return make(["arm", "rule", "step", "model", "forget", "forget_excess", "utility"], rows)
 

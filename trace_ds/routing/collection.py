@@ -165,8 +165,10 @@ class Collection:
         bad = self.counter.not_finite_L.nonzero().squeeze(1).tolist()
         error = None
         if bad:
-            what = f"the router of decoder layer {self.layers[bad[0]]} gave NaN or infinite weights"
-            error = UserError(what, str(self.engine.module.config.name_or_path or "model"), "check the model's weights")
+            problem = f"the router of decoder layer {self.layers[bad[0]]} gave NaN or infinite weights"
+            error = UserError(
+                problem, str(self.engine.module.config.name_or_path or "model"), "check the model's weights"
+            )
         self.world.raise_on_all_ranks(error)
 
     def _prefetched(self, done: int) -> Generator[Batch, None, None]:

@@ -62,11 +62,11 @@ class Artefact:
     def require_same(self, **expected: str) -> None:
         """Refuse an artefact made from other inputs (``model``, ``tokenizer``, ``data``) than these fingerprints."""
         for name, value in expected.items():
-            found = self.inputs.get(name)
-            if found != value:
+            recorded = self.inputs.get(name)
+            if recorded != value:
                 raise UserError(
                     f"this {self.kind} artefact was made with another {name} "
-                    f"({str(found)[:12]}, this job has {value[:12]})",
+                    f"({str(recorded)[:12]}, this job has {value[:12]})",
                     str(self.path),
                     f"{self.fix}, or point the job at the {name} it was made with",
                 )
@@ -103,8 +103,8 @@ def describe(
         files: the files that belong to it, by name, as :func:`file_entry` says; None: hash every file that is there.
     """
     if files is None:
-        found = (path for path in directory.rglob("*") if path.is_file() and path.name != FILE_NAME)
-        files = {str(path.relative_to(directory)): file_entry(path) for path in found}
+        paths = (path for path in directory.rglob("*") if path.is_file() and path.name != FILE_NAME)
+        files = {str(path.relative_to(directory)): file_entry(path) for path in paths}
     files = dict(sorted(files.items()))
     artefact = Artefact(kind, dict(inputs), dict(settings), files, dict(summary), directory)
     write_json(
@@ -157,10 +157,10 @@ def _read(description: Path) -> Artefact:
 def find(directory: Path, kind: str, identity: str, *, verify: bool = True) -> Artefact | None:
     """The artefact of that identity in ``directory``, or None when there is no whole one (see :func:`load`)."""
     try:
-        found = load(directory, kind, verify=verify)
+        artefact = load(directory, kind, verify=verify)
     except UserError:
         return None
-    return found if found.identity == identity else None
+    return artefact if artefact.identity == identity else None
 
 
 def is_done(directory: Path, kind: str, identity: str) -> bool:

@@ -240,18 +240,18 @@ def locked(run: RunDirectory, *, replaces_inputs: bool = False) -> Iterator[list
     if inherited and path == os.path.realpath(run.path):
         yield inherited
         return
-    wanted = [(run.path / LOCK_NAME, fcntl.LOCK_EX)]
+    locks = [(run.path / LOCK_NAME, fcntl.LOCK_EX)]
     if run.parent is not None:
         if not inherited or path != os.path.realpath(run.parent):  # else the run that started this job has it alone
-            wanted.insert(0, (run.parent / INPUTS_LOCK_NAME, fcntl.LOCK_SH))
+            locks.insert(0, (run.parent / INPUTS_LOCK_NAME, fcntl.LOCK_SH))
     elif replaces_inputs:
-        wanted.append((run.path / INPUTS_LOCK_NAME, fcntl.LOCK_EX))
+        locks.append((run.path / INPUTS_LOCK_NAME, fcntl.LOCK_EX))
     made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     run.require_ours()
     held: list[tuple[Path, int, bool]] = []
     marked = False
     try:
-        for lock, operation in wanted:
+        for lock, operation in locks:
             held.append((lock, *_lock(lock, operation)))
         marked = run.mark()
         yield [descriptor for _, descriptor, _ in held]

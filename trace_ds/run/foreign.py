@@ -22,7 +22,7 @@ NAME_LENGTH = 255  # of a directory
 
 
 @contextlib.contextmanager
-def reading(path: Path, what: str, fix: str) -> Iterator[None]:
+def reading(path: Path, label: str, fix: str) -> Iterator[None]:
     """Turn any error of reading one file, or of using a value in it, into a :class:`UserError` that names the file."""
     try:
         yield
@@ -30,11 +30,11 @@ def reading(path: Path, what: str, fix: str) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
-        raise UserError(f"{what} cannot be read ({reason})", str(path), fix) from None
+        raise UserError(f"{label} cannot be read ({reason})", str(path), fix) from None
     except Exception as error:  # each library has errors of its own, and a damaged file can cause any of them
         reason = " ".join(str(error).split())[:200]
         reason = f"{type(error).__name__} {reason}" if isinstance(error, (LookupError, TypeError)) else reason
-        raise UserError(f"{what} is damaged ({reason or type(error).__name__})", str(path), fix) from None
+        raise UserError(f"{label} is damaged ({reason or type(error).__name__})", str(path), fix) from None
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -55,21 +55,21 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     return data
 
 
-def read_text(path: Path, what: str, fix: str, limit: int = MAX_BYTES) -> str:
+def read_text(path: Path, label: str, fix: str, limit: int = MAX_BYTES) -> str:
     """The text of a UTF-8 file, without a byte order mark; :class:`UserError` as by :func:`reading`."""
-    with reading(path, what, fix):
+    with reading(path, label, fix):
         return read_bytes(path, limit).decode("utf-8-sig")
 
 
-def read_object(path: Path, what: str, fix: str, *, infinite: bool = False) -> dict[str, Any]:
+def read_object(path: Path, label: str, fix: str, *, infinite: bool = False) -> dict[str, Any]:
     """The JSON object in a file; with ``infinite`` it may hold NaN and infinities, as models' configurations do.
 
     Raises:
         UserError: it cannot be read, is no JSON object, or holds NaN, an infinity, half of a surrogate pair, or what is
             nested or long beyond anything that we write; names the file, with ``fix``.
     """
-    text = read_text(path, what, fix)
-    with reading(path, what, fix):
+    text = read_text(path, label, fix)
+    with reading(path, label, fix):
         value = json.loads(text, parse_constant=None if infinite else _refuse)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")

@@ -25,10 +25,10 @@ class HubName:
 
 def hub_name(text: str) -> HubName | None:
     """The name that ``text`` is; None for a directory that is there, and for what can be no name on the hub."""
-    found = NAME.fullmatch(text)
-    if found is None or ".." in text or "--" in found["id"] or found["id"].endswith((".git", ".", "-")):
+    match = NAME.fullmatch(text)
+    if match is None or ".." in text or "--" in match["id"] or match["id"].endswith((".git", ".", "-")):
         return None
-    return None if Path(text).is_dir() else HubName(found["id"], found["revision"])
+    return None if Path(text).is_dir() else HubName(match["id"], match["revision"])
 
 
 def snapshot_name(directory: str | Path) -> HubName | None:
@@ -46,15 +46,15 @@ def provenance(directory: str | Path, key: str = "source") -> dict[str, str]:
     return {key: str(name)} if name else {}
 
 
-def no_directory(path: str | Path, what: str, otherwise: str) -> UserError:
+def no_directory(path: str | Path, problem: str, otherwise: str) -> UserError:
     """``path`` is no directory; it may be a name on the hub of which nothing is in the cache.
 
     Args:
-        what: what there is not, as in "there is no model directory".
+        problem: what there is not, as in "there is no model directory".
         otherwise: the fix when it can be no name on the hub.
     """
     if hub_name(str(path)) is None:
-        return UserError(what, str(path), otherwise)
+        return UserError(problem, str(path), otherwise)
     fix = "where there is a network, `trace-ds fetch CONFIG` brings it from the hub; or name a directory"
     return UserError(
         "no directory of this name is here, and no model of this name is in the hub's cache", str(path), fix

@@ -152,8 +152,8 @@ def _show(stage: str, text: str) -> None:
 class Progress:
     """A progress bar with an estimate on a terminal; elsewhere plain lines, ever more seldom."""
 
-    def __init__(self, log: StageLog, what: str, total: int, *, start: int = 0, unit: str = "step") -> None:
-        self._log, self._what, self._total, self._unit = log, what, total, unit
+    def __init__(self, log: StageLog, label: str, total: int, *, start: int = 0, unit: str = "step") -> None:
+        self._log, self._label, self._total, self._unit = log, label, total, unit
         self._done = self._start = start
         self._began_s = time.monotonic()
         self._next_s = self._began_s + FIRST_LINE_S
@@ -162,7 +162,7 @@ class Progress:
         if self._enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
-            shown = {"desc": what, "unit": unit, "unit_scale": unit == "byte", "dynamic_ncols": True, "leave": False}
+            shown = {"desc": label, "unit": unit, "unit_scale": unit == "byte", "dynamic_ncols": True, "leave": False}
             self._bar = tqdm(total=total, initial=start, **shown)
 
     def advance(self, count: int = 1, **shown: float) -> None:
@@ -180,7 +180,7 @@ class Progress:
             left_s = (self._total - self._done) / max(rate, 1e-9)
             extra = "".join(f", {name} {value:.4g}" for name, value in shown.items())
             self._log.line(
-                f"{self._what}: {self._done:,}/{self._total:,} {self._unit}s, {rate:,.1f}/s, "
+                f"{self._label}: {self._done:,}/{self._total:,} {self._unit}s, {rate:,.1f}/s, "
                 f"about {left_s:,.0f} s left{extra}"
             )
 

@@ -119,8 +119,8 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> CalibrateJob
     for key in ("top_k", "experts", "layers"):
         values = forget.summary.get(key), retain.summary.get(key)
         if values[0] is None or values[0] != values[1]:
-            what = f"the forget statistics have {key} {values[0]}, the retain statistics {values[1]}"
-            raise UserError(what, str(run.statistics), forget.fix)
+            problem = f"the forget statistics have {key} {values[0]}, the retain statistics {values[1]}"
+            raise UserError(problem, str(run.statistics), forget.fix)
     return CalibrateJob(with_trained_layers(config, retain.summary["layers"]), run, inputs.data, forget, retain)
 
 
@@ -253,8 +253,8 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
     """The retain trace, proven to be of these tokens: its counts equal the statistics."""
     paths = [side.file(name) for name in sorted(side.files) if name.startswith("trace-")]
     if not paths:
-        what = f"the rule {config.calibration.rule} needs the routing trace, which was not recorded"
-        raise UserError(what, str(side.path), "set statistics.trace: true and run `trace-ds collect CONFIG` again")
+        problem = f"the rule {config.calibration.rule} needs the routing trace, which was not recorded"
+        raise UserError(problem, str(side.path), "set statistics.trace: true and run `trace-ds collect CONFIG` again")
     layers, experts = statistics.counts_LE.shape
     trace = open_trace(paths, layers, statistics.top_k, tokens.tokens, side.fix)
     with reading(side.path or Path(), "the routing trace", side.fix):
@@ -272,8 +272,8 @@ def load_selections(side: Artefact, retain: RoutingStatistics, tokens: TokenMap)
     shape = len(retain.counts_LE), retain.top_k
     fits = selections.rows == tokens.rows and selections.selected_NLK.shape[1:] == shape
     if not fits or not np.array_equal(selections.sums(np.ones(selections.rows)), retain.counts_LE):
-        what = "the selections of the rows do not add up to the statistics beside them"
-        raise UserError(what, str(side.path), side.fix)
+        problem = "the selections of the rows do not add up to the statistics beside them"
+        raise UserError(problem, str(side.path), side.fix)
     return selections
 
 

@@ -204,8 +204,8 @@ def check(config: Config, run: RunDirectory, world_size: int) -> FinetuneJobs:
     jobs = []
     for name, sides in settings.models.items():
         if unprepared := [side for side in sides if f"{side}.arrow" not in data.files]:
-            what = f"the prepared data has no corpus {unprepared[0]!r}"
-            raise UserError(what, str(run.data), data.fix)
+            problem = f"the prepared data has no corpus {unprepared[0]!r}"
+            raise UserError(problem, str(run.data), data.fix)
         seen = [data.files[f"{side}.arrow"]["sha256"] for side in sides]  # not the corpora that it does not see
         identity = job_identity(kind="finetune", data=seen, **shared)
         steps = make_batches(config, sides, data).steps

@@ -160,8 +160,8 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     for kind in ("until", "guards"):
         for bound in settings.evaluate.bounds(kind):
             if " " in bound.score and bound.score not in scores:
-                what = f"{bound.score!r} is not 'TASK METRIC' of a task that is scored while the job trains"
-                raise UserError(what, f"unlearning.evaluate.{kind}", f"use one of: {', '.join(scores)}")
+                problem = f"{bound.score!r} is not 'TASK METRIC' of a task that is scored while the job trains"
+                raise UserError(problem, f"unlearning.evaluate.{kind}", f"use one of: {', '.join(scores)}")
     return ds_config_of(settings)
 
 
@@ -239,9 +239,9 @@ def _choose_trained(
     selected = {layer: tuple(int(e) for e in row.nonzero()[0]) for layer, row in zip(layers, selected_LE, strict=True)}
     experts = {layer: chosen for layer, chosen in selected.items() if chosen and (last is None or layer <= last)}
     if not experts:
-        what = "the calibration selected no expert"
-        what += "" if last is None else f" up to layer {last}, where the losses end"
-        raise UserError(what, "unlearning.trainable", "change calibration.detection")
+        problem = "the calibration selected no expert"
+        problem += "" if last is None else f" up to layer {last}, where the losses end"
+        raise UserError(problem, "unlearning.trainable", "change calibration.detection")
     return experts, None
 
 
@@ -392,8 +392,8 @@ def fixed_rows(job: UnlearnJob) -> dict[str, FixedRows]:
         dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
         sides[side] = fixed = FixedRows.of(dataset, settings.rows, SampledRouting.of(statistics))
         if settings.compares_routing and fixed.sampled(fixed.rows, 0) is None:
-            what = f"none of the {settings.rows} {side} rows has a token in the sample of the routing"
-            raise UserError(what, "unlearning.evaluate.rows", "raise it")
+            problem = f"none of the {settings.rows} {side} rows has a token in the sample of the routing"
+            raise UserError(problem, "unlearning.evaluate.rows", "raise it")
     return sides
 
 

@@ -42,10 +42,12 @@ class HiddenNorms:
     def warnings(self, layer: int, left_out: bool) -> list[str]:
         lines = []
         if self.sinks:
-            what = "left out of hidden-state losses" if left_out else "kept in hidden-state losses (rmu.sinks: keep)"
+            treatment = (
+                "left out of hidden-state losses" if left_out else "kept in hidden-state losses (rmu.sinks: keep)"
+            )
             lines.append(
                 f"attention sinks: the tokens at offset {', '.join(map(str, self.sinks))} of a document have hidden "
-                f"norms up to {self.longest:,.0f} at layer {layer}, against a median of {self.median:,.1f}: {what}"
+                f"norms up to {self.longest:,.0f} at layer {layer}, against a median of {self.median:,.1f}: {treatment}"
             )
         if self.elsewhere > 1e-3:
             lines.append(

@@ -58,11 +58,11 @@ def choose_seuf_experts(
         if (last_layer is None or layer <= last_layer) and settings.layer in (None, layer)
     ]
     if not usable:
-        what = f"layer {settings.layer} is no MoE layer that the losses reach"
-        raise UserError(what, "unlearning.seuf.layer", "choose another")
+        problem = f"layer {settings.layer} is no MoE layer that the losses reach"
+        raise UserError(problem, "unlearning.seuf.layer", "choose another")
     if settings.experts > affinity_LE.shape[1]:
-        what = f"{settings.experts} experts of {affinity_LE.shape[1]}"
-        raise UserError(what, "unlearning.seuf.experts", "ask for fewer")
+        problem = f"{settings.experts} experts of {affinity_LE.shape[1]}"
+        raise UserError(problem, "unlearning.seuf.experts", "ask for fewer")
     layer = max(usable, key=lambda number: (affinity_LE[number].max(), -number))
     order = np.argsort(-affinity_LE[layer], kind="stable")[: settings.experts]
     return layer, tuple(sorted(int(expert) for expert in order))

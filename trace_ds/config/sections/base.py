@@ -64,10 +64,10 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys(cls, found: Any) -> Any:
-        unknown = [str(key) for key in found if key not in cls.model_fields] if isinstance(found, dict) else []
+    def _known_keys(cls, values: Any) -> Any:
+        unknown = [str(key) for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
         if unknown:
             close = difflib.get_close_matches(unknown[0], cls.model_fields, 1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(cls.model_fields)}"
             raise PydanticCustomError("unknown_key", "unknown key", {"key": unknown[0], "hint": hint})
-        return found
+        return values

@@ -48,15 +48,15 @@ class PathOrDataset:
         return name, revision or None
 
 
-def require_place(what: str, path: str, dataset: str | None, **of_dataset: str | None) -> None:
+def require_place(owner: str, path: str, dataset: str | None, **of_dataset: str | None) -> None:
     """ValueError unless a path or a data set is named, and what goes with it."""
     if not path and not dataset:
-        raise ValueError(f"{what} has no path and no dataset")
+        raise ValueError(f"{owner} has no path and no dataset")
     if path and dataset:
-        raise ValueError(f"{what} has a path and a dataset: give one")
+        raise ValueError(f"{owner} has a path and a dataset: give one")
     for key, value in of_dataset.items():
         if value is not None and not dataset:
-            raise ValueError(f"{what} has a {key}, which goes with dataset, not with path")
+            raise ValueError(f"{owner} has a {key}, which goes with dataset, not with path")
 
 
 class CorpusEntry(PathOrDataset, Section):
@@ -84,14 +84,14 @@ class CorpusEntry(PathOrDataset, Section):
     @property
     def parts(self) -> list[tuple[str, str | None]]:
         """The text of a document: pieces of it as they stand, each followed by the value of a column (or by none)."""
-        found = []
+        parts = []
         for text, column, style, conversion in string.Formatter().parse(self.template):
             if column == "" or style or conversion:
                 raise ValueError(
                     "a template holds names of columns in braces, such as {question}, and nothing else there"
                 )
-            found.append((text, column))
-        return found
+            parts.append((text, column))
+        return parts
 
     @property
     def columns(self) -> list[str]:

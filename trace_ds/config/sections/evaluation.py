@@ -73,8 +73,8 @@ class TaskConfig(PathOrDataset, Section):
 
     @model_validator(mode="after")
     def _prompt_keys(self) -> TaskConfig:
-        asked = self.num_fewshot is not None or self.apply_chat_template or self.include_path is not None
-        if asked and self.type != "lm_eval":
+        has_prompt_keys = self.num_fewshot is not None or self.apply_chat_template or self.include_path is not None
+        if has_prompt_keys and self.type != "lm_eval":
             keys = "include_path, num_fewshot and apply_chat_template"
             raise ValueError(f"task {self.name}: {keys} are keys of lm_eval tasks")
         if self.num_fewshot and self.path:
