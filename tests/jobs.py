@@ -448,7 +448,7 @@ def reference_finetuning(config_path: str, run_dir: str, overrides: list[str], n
     from transformers import AutoModelForCausalLM
 
     from trace_ds.stages.finetune import check as check_finetune
-    from trace_ds.stages.finetune import make_batches, settings_of
+    from trace_ds.stages.finetune import make_finetune_batches, settings_of
 
     config, directory = load_config(config_path, overrides, run_dir)
     settings = settings_of(config)
@@ -457,7 +457,7 @@ def reference_finetuning(config_path: str, run_dir: str, overrides: list[str], n
         for job in check_finetune(config, RunDirectory.at(directory), config.distributed.ep).models
         if job.name == name
     )
-    batches = make_batches(config, job.sides, job.data)
+    batches = make_finetune_batches(config, job.sides, job.data)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -503,7 +503,7 @@ def prepared_steps(world: Any, config: str, run_dir: str, overrides: list[str]) 
 
     loaded, directory = load_config(config, overrides, run_dir)
     job = unlearn.check(loaded, RunDirectory.at(directory), world.size)
-    batches = unlearn.make_batches(job)
+    batches = unlearn.make_unlearn_batches(job)
     engine, routers = unlearn.make_engine(job, world, batches)
     objective, _ = unlearn.make_objective(job, world, engine, batches, {"step": 0, "seed": 0}, routers)
 

@@ -51,11 +51,11 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     from transformers import AutoModelForCausalLM
 
     from trace_ds.stages.unlearn import check as check_unlearn
-    from trace_ds.stages.unlearn import make_batches
+    from trace_ds.stages.unlearn import make_unlearn_batches
 
     config, directory = load_config(config_path, overrides, run_dir)
     settings = config.unlearning
-    batches = make_batches(check_unlearn(config, RunDirectory.at(directory), config.distributed.ep))
+    batches = make_unlearn_batches(check_unlearn(config, RunDirectory.at(directory), config.distributed.ep))
     model, frozen = (
         AutoModelForCausalLM.from_pretrained(
             config.model.path, dtype=torch.float32, experts_implementation="eager"

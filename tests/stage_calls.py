@@ -17,9 +17,9 @@ finetune, collect, unlearn, convert, evaluate = (
 
 def prepare(config: Any, run: RunDirectory) -> Artefact:
     run_stage("prepare", config, run)
-    return artefact.load(run.data, "data", verify=False)
+    return artefact.load_artefact(run.data, "data", verify=False)
 
 
 def calibrate(config: Any, run: RunDirectory) -> Artefact:
     run_stage("calibrate", config, run)
-    return artefact.load(run.calibration, "calibration", verify=False)
+    return artefact.load_artefact(run.calibration, "calibration", verify=False)

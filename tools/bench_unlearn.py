@@ -137,7 +137,7 @@ class Job:
         self.batches = {}
         for arm in arms:
             own, directory = prepared(config_path, arm)
-            self.batches[arm] = unlearn.make_batches(unlearn.check(own, directory, 1))
+            self.batches[arm] = unlearn.make_unlearn_batches(unlearn.check(own, directory, 1))
         job = unlearn.check(config, run, 1)
         batches = self.batches[arms[0]]
         self.engine, routers = unlearn.make_engine(job, self.world, batches)

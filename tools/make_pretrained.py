@@ -58,9 +58,9 @@ from trace_ds.corpora.read import Document as ReadDocument
 from trace_ds.corpora.tokenizer import load_tokenizer, pad_token_id
 from trace_ds.demo.corpora import (
     PACKAGES,
+    DemoRecord,
     Document,
     Fact,
-    Record,
     Side,
     entangled,
     read_records,
@@ -324,7 +324,7 @@ PHRASES = {
 }
 
 
-def records() -> list[Record]:
+def records() -> list[DemoRecord]:
     """The demo's facts, entangled, in phrasings that a pretrained model has met; elements in lower case."""
     return [replace(record, facts=tuple(map(_rephrased, record.facts))) for record in entangled(read_records())]
 

@@ -423,10 +423,10 @@ def recipes(show: Annotated[str | None, typer.Option(help="Print this recipe.")]
     """List what comes with the package: whole runs, and tasks and models that make one; --show NAME prints one."""
     import textwrap
 
-    from trace_ds.config.compose import find, read_text, recipe_names, recipes
+    from trace_ds.config.compose import find_config, read_config_text, recipe_names, recipes
 
     if show is not None:
-        print(read_text(find(show)), end="")
+        print(read_config_text(find_config(show)), end="")
         return
     files = recipes()
     titles = {
@@ -437,5 +437,5 @@ def recipes(show: Annotated[str | None, typer.Option(help="Print this recipe.")]
     for kind, title in titles.items():
         print(f"\n{title}\n")
         for name in recipe_names(kind):
-            about = f"  {name:<20} {read_text(files[name]).splitlines()[0].lstrip('# ')}"
+            about = f"  {name:<20} {read_config_text(files[name]).splitlines()[0].lstrip('# ')}"
             print(textwrap.fill(about, 80, subsequent_indent=" " * 23))

@@ -148,7 +148,7 @@ def test_a_submission_holds_all_that_its_jobs_need(
     """The scripts as they are now, the resolved configuration, the site file."""
     (tmp_path / "my.env").write_text("export SBATCH_QOS=long\n")
     monkeypatch.setenv("TRACE_DS_SITE_ENV", "my.env")
-    submit.render(request_, tmp_path / "draft")
+    submit.render_scripts(request_, tmp_path / "draft")
     scripts = tmp_path / "draft" / "slurm"
     assert {path.name for path in scripts.iterdir()} == {*submit.SCRIPTS, "site.env"}
     assert (scripts / "site.env").read_text() == "export SBATCH_QOS=long\n"

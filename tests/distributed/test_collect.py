@@ -152,7 +152,7 @@ def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int,
     )
     actual = collected(config, tmp_path / "two", 2, ep)
     folder = tmp_path / "two" / "statistics" / "retain"
-    description = artefact.load(folder, "statistics")
+    description = artefact.load_artefact(folder, "statistics")
     dataset = TokenDataset.open(tmp_path / "run" / "data" / "retain.arrow")
     trace = np.concatenate(open_parts(description, "trace"))
     nll = FlatArray(open_parts(description, "nll"))
@@ -260,7 +260,7 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
     assert not done(plain, "statistics.nll=true") and not done(plain, "statistics.trace=true")
     assert not done(plain | {"dtype": "bf16"}) and not done(plain | {"top_k": 1})
     assert not done(plain | {"sample_tokens": samples // 2})
-    retain = artefact.load(run.statistics / "retain", "statistics")
+    retain = artefact.load_artefact(run.statistics / "retain", "statistics")
     with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as error_info:
         require_parts(retain, "row_counts", "the rule x")
     assert error_info.value.fix == "run `trace-ds collect CONFIG` again"

@@ -134,7 +134,7 @@ def test_a_bound_on_the_routing_needs_recorded_routing(calibrated: tuple[Path, P
     with pytest.raises(UserError, match=r"unlearning\.evaluate\.guards needs unlearning\.evaluate\.every"):
         load_config(str(config), [guard], run)
     changed, _ = load_config(str(config), [*EVALUATE, guard], run)
-    recorded = artefact.load(run / "statistics" / "retain", "statistics")
+    recorded = artefact.load_artefact(run / "statistics" / "retain", "statistics")
     old = copy_of(run, tmp_path / "old")
     for path in (old / "statistics" / "retain").glob("sample*"):
         path.unlink()

@@ -118,7 +118,9 @@ def check_whole(checkpoints: Path) -> int:
         verify(directory, manifest, hashes=True)
         assert manifest.step == step and len(manifest.files) == 2 * manifest.world
         for rank in range(manifest.world):
-            values = serialization.load(str(directory / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))["values"]
+            values = serialization.load_shard(str(directory / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))[
+                "values"
+            ]
             assert (values == step + rank).all()
     return steps[-1] if steps else 0
 

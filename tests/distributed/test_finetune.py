@@ -98,12 +98,12 @@ def test_a_model_is_made_anew_only_when_what_it_sees_has_changed(prepared: tuple
 
 def test_epochs_are_passes_over_the_rows_that_count(prepared: tuple[Path, Path]) -> None:
     from trace_ds.corpora.dataset import TokenDataset
-    from trace_ds.stages.finetune import make_batches
+    from trace_ds.stages.finetune import make_finetune_batches
 
     config, run = prepared
     loaded, _ = load_config(str(config), ["finetune.steps=null", "finetune.epochs=3"], run)
     for job in check_finetune(loaded, RunDirectory.at(run), 1).models:
-        batches = make_batches(loaded, job.sides, job.data)
+        batches = make_finetune_batches(loaded, job.sides, job.data)
         summary = job.data.summary
         tokens = sum(summary[side]["counted_tokens"] for side in job.sides)
         corpora = [TokenDataset.open(run / "data" / f"{side}.arrow") for side in job.sides]

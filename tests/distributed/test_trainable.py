@@ -24,7 +24,7 @@ from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.unlearn import check as check_unlearn
-from trace_ds.stages.unlearn import make_batches
+from trace_ds.stages.unlearn import make_unlearn_batches
 from trace_ds.unlearning import grip, seuf, trainable
 
 STEPS = 2
@@ -102,7 +102,7 @@ def test_the_rest_stays_bitwise(
 def first_anchor_loss(config: Path, run: Path, overrides: list[str], model_path: Path) -> float:
     """SEUF's anchor of the first step by plain transformers: the mean over forget tokens of ‖softmax − chosen‖²."""
     loaded, path = load_config(str(config), overrides, run)
-    batches = make_batches(check_unlearn(loaded, RunDirectory.at(path), 1))
+    batches = make_unlearn_batches(check_unlearn(loaded, RunDirectory.at(path), 1))
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     affinity = affinity_of(run)
     layer = int(np.unravel_index(affinity.argmax(), affinity.shape)[0])

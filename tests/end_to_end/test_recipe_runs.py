@@ -26,7 +26,7 @@ from trace_ds.config.compose import recipe_names
 from trace_ds.config.load import load_config
 from trace_ds.models.families import inspect_model
 from trace_ds.stages.pipeline import Request
-from trace_ds.stages.unlearn import check_settings
+from trace_ds.stages.unlearn import check_unlearning_settings
 
 README = Path(__file__).parents[2] / "README.md"
 TASKS = recipe_names("task")
@@ -61,7 +61,7 @@ def test_runs_and_their_variants_fit_the_model(model: str, tmp_path: Path) -> No
         request = Request.load([task, model], [f"model.path={directory}"], tmp_path / task)
         assert len(request.all()) == 7
         for item in request.all():
-            check_settings(item.config, inspect_model(request.config.model.path))
+            check_unlearning_settings(item.config, inspect_model(request.config.model.path))
 
 
 @dataclass

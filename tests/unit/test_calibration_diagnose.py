@@ -56,8 +56,10 @@ def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
         options = {"rule": rule, "ess_floor": floor, "experts": "all"}
         actual, made = calibrated(forget, retain, None if rows else tmp_path, **options)
         warnings = find_warnings(CalibrationConfig(**options), actual, made, rows)
-        lines = [any(words in w for w in warnings) for words in ("(lambda)", "of the frequency gap", "are nearly equal")]
-        assert tuple(lines) == target, (rule, floor, warnings)
+        shown = [
+            any(words in w for w in warnings) for words in ("(lambda)", "of the frequency gap", "are nearly equal")
+        ]
+        assert tuple(shown) == target, (rule, floor, warnings)
 
 
 def test_shares_and_documents_against_the_slow_way() -> None:

@@ -36,7 +36,7 @@ def rows_of(calibrated) -> list[dict]:
 
 def test_collated_rows_equal_the_jobs_own_batches(calibrated) -> None:
     _, run = calibrated
-    dataset = TokenDataset.open(artefact.load(run.data, "data").file("retain.arrow"))
+    dataset = TokenDataset.open(artefact.load_artefact(run.data, "data").file("retain.arrow"))
     mine, theirs = collate_rows(rows_of(calibrated), pad_id=2), dataset.batch(range(6), pad_id=2)
     assert torch.equal(mine["input_ids"], theirs.input_ids_BS)
     counted = theirs.counted_BS

@@ -33,7 +33,7 @@ LAYERS, EXPERTS, TOP_K = 3, 4, 2
 def write_statistics(config: Config, run: RunDirectory, *, trace: bool = True, rows: bool = True) -> None:
     """Statistics artefacts as ``collect`` writes them, from synthetic routing over the prepared tokens."""
     parts = 2
-    data = artefact.load(run.data, "data")
+    data = artefact.load_artefact(run.data, "data")
     rng = np.random.default_rng(0)
     layers, experts, top_k = LAYERS, EXPERTS, TOP_K
     logits = rng.normal(scale=0.8, size=(3, layers, experts))
@@ -110,7 +110,7 @@ def job(prepared, tmp_path) -> Callable[..., tuple[Config, RunDirectory]]:
 def test_artefact_and_its_files(job, capsys, apply: str) -> None:
     config, run = job(unlearning__apply=apply)
     made = calibrate(config, run)
-    data = artefact.load(run.data, "data")
+    data = artefact.load_artefact(run.data, "data")
     dataset = TokenDataset.open(data.file("retain.arrow"))
     counted = dataset.counted(0, dataset.tokens)
     weights = np.load(made.file("weights.npy"), allow_pickle=False)
@@ -206,7 +206,7 @@ def test_a_solver_that_ends_early_is_an_error_unless_it_is_allowed_to(job, monke
 
 def test_the_same_text_as_forget_and_retain_is_called_that(job) -> None:
     config, run = job(calibration__if_none_found="stop")
-    forget = artefact.load(run.statistics / "forget", "statistics")
+    forget = artefact.load_artefact(run.statistics / "forget", "statistics")
     name = "statistics.safetensors"
     shutil.copy(run.statistics / "retain" / name, run.statistics / "forget" / name)
     artefact.describe(run.statistics / "forget", "statistics", forget.inputs, forget.settings, forget.summary)
@@ -247,12 +247,12 @@ def test_rows_are_weighted_without_a_trace(job) -> None:
 
 
 def alter_summary(directory: Path, **changes: object) -> None:
-    old = artefact.load(directory, "statistics", verify=False)
+    old = artefact.load_artefact(directory, "statistics", verify=False)
     artefact.describe(directory, "statistics", old.inputs, old.settings, {**old.summary, **changes})
 
 
 def alter_inputs(directory: Path, **changes: str) -> None:
-    old = artefact.load(directory, "statistics", verify=False)
+    old = artefact.load_artefact(directory, "statistics", verify=False)
     artefact.describe(directory, "statistics", {**old.inputs, **changes}, old.settings, old.summary)
 
 

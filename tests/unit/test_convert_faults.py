@@ -257,7 +257,7 @@ def test_hostile_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     step.mkdir()
     torch.save({"weight": torch.arange(6.0)}, step / ZERO3)
     forge(step / ZERO3, b"\x80\x02" + HOSTILE[name] + b"." * (name != "no end"))
-    for read in (read_archive, serialization.load):
+    for read in (read_archive, serialization.load_shard):
         with pytest.raises(UserError, match=r"refused|not a whole torch checkpoint file"):
             read(step / ZERO3)
     refused(step, tmp_path / "model", ZERO3, base_model=None)
@@ -274,7 +274,7 @@ def test_states_pickled_by_name_are_read(tmp_path: Path) -> None:
         torch.save({}, path)
         forge(path, b"\x80\x02}" + text("zero_stage") + member + b"s" + text("loss_scaler") + scaler + b"s.")
         assert read_archive(path) == {"zero_stage": 3, "loss_scaler": {"cur_scale": 1}}
-        assert serialization.load(path)["zero_stage"] == 3
+        assert serialization.load_shard(path)["zero_stage"] == 3
 
 
 def test_reading_allocates_no_tensor(tmp_path: Path) -> None:

@@ -206,7 +206,8 @@ def test_knowmem_equals_brute_force(model: LanguageModel) -> None:
         assert score == max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in item.answers)
     assert outcome.by_source()["s1"] == {"n": 2, "rouge_l": pytest.approx(outcome.columns["rouge_l"][1::2].mean())}
     assert (
-        kinds.cut("because\nof it\n\nand more") == "because\nof it" and kinds.cut("because\nQuestion: x") == "because"
+        kinds.cut_tokens("because\nof it\n\nand more") == "because\nof it"
+        and kinds.cut_tokens("because\nQuestion: x") == "because"
     )
 
 
@@ -322,7 +323,7 @@ def test_membership_aucs_equal_scikit_learn(model: LanguageModel, tmp_path: Path
     outcome = run_task(model, task, max_new_tokens=4, context_length=64)
     values = {score["metric"]: score for score in outcome.scores}
     assert values["priv_leak"]["value"] is None and values["priv_leak"]["n"] == 16
-    for attack in retrained.ATTACKS:
+    for attack in retrained.MEMBERSHIP_ATTACKS:
         scores, labels = zip(*[(item[attack], item["member"]) for item in outcome.items], strict=True)
         assert values[f"auc_{attack}"]["value"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
         assert values[f"auc_{attack}"]["direction"] == "reference"

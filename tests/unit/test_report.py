@@ -16,7 +16,7 @@ import yaml
 from scipy.stats import sem, t
 
 from tests.fake_run import HOSTILE, STEPS, write_run
-from trace_ds.conversion.card import plain
+from trace_ds.conversion.card import plain_markdown
 from trace_ds.errors import UserError
 from trace_ds.reporting import page, scores, tables
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather, repeats
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def render(path: Path) -> str:
     data = gather(path)
-    return page.render([data], verdict([data]), tables.all_tables([data]))
+    return page.render_page([data], verdict([data]), tables.all_tables([data]))
 
 
 def card_of(path: Path) -> str:
@@ -284,7 +284,7 @@ def test_forget_quality_is_compared_with_its_own_level() -> None:
     def score(value: float, task: str = "tofu", **changes: Any) -> Score:
         return Score("m", task, "forget_quality", value, 400, "forget", "higher", None, True, **changes)
 
-    def summary(before: float, after: float) -> scores.Outcome:
+    def summary(before: float, after: float) -> scores.TaskChange:
         original, final, gold = (Evaluation("m", [score(v)], {}) for v in (before, after, 1.0))
         arm = Arm("unlearned", "raking", None, None, {}, final)
         data = RunData(Path(), "", "", {}, {}, None, None, [], {"original": original, "gold": gold}, [arm], {})
@@ -369,4 +369,4 @@ def test_model_card(run: Path) -> None:
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "base"  # the name, not a path of this machine
     assert "| unlearned | elements | accuracy ↓ | 0.3 | 80 | 0.25 |" in text
-    assert plain("a|b *c* <i>\n# d") == r"a\|b \*c\* &lt;i&gt; \# d"
+    assert plain_markdown("a|b *c* <i>\n# d") == r"a\|b \*c\* &lt;i&gt; \# d"

@@ -38,7 +38,10 @@ class RetainRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, run: str | Path) -> None:
         place = RunDirectory.at(Path(run))
-        data, calibration = artefact.load(place.data, "data"), artefact.load(place.calibration, "calibration")
+        data, calibration = (
+            artefact.load_artefact(place.data, "data"),
+            artefact.load_artefact(place.calibration, "calibration"),
+        )
         if calibration.inputs.get("data") != data.content:
             problem = "this calibration was made from other data"
             raise UserError(problem, str(calibration.path), "run `trace-ds calibrate CONFIG` again")

@@ -370,7 +370,7 @@ def _failure(load_one: Callable[[Manifest], None], manifest: Manifest) -> str:
     return ""
 
 
-def load(engine: Any, folder: Path, tag: str, step: int) -> None:
+def load_state(engine: Any, folder: Path, tag: str, step: int) -> None:
     """Load what a tag holds into the engine; DeepSpeed's silent (None, None) is an error."""
     path, state = engine.load_checkpoint(str(folder), tag=tag)
     if path is None or state is None or state.get("trace_ds_step") != step:

@@ -25,7 +25,7 @@ from trace_ds.parallel.world import World
 from trace_ds.tensors.checkpoint import EXPERT_FILE, MOMENTS, RANK_FILE, Checkpoint, damaged, expert_weights
 from trace_ds.tensors.layouts import engine_to_fused, fused_to_engine, moe_prefixes, read_layout
 from trace_ds.tensors.opening import open_source
-from trace_ds.tensors.torch_archive import LazyTensor, exchanged, read_archive, reading, scalar
+from trace_ds.tensors.torch_archive import LazyTensor, exchanged, read_archive, reading_archive, scalar
 
 
 def check_shape(manifest: Manifest, zero_stage: int, layers: int | None, checkpoints: Path, section: str) -> None:
@@ -90,7 +90,7 @@ def _load(engine: Any, folder: Path, manifest: Manifest) -> None:
     kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     try:
-        commit.load(engine, folder, step_name(manifest.step), manifest.step)
+        commit.load_state(engine, folder, step_name(manifest.step), manifest.step)
     finally:
         engine._config.load_universal_checkpoint = False
     for group, values in zip(optimizer.param_groups, kept, strict=True):
@@ -157,7 +157,7 @@ def write_universal(checkpoint: Checkpoint, folder: Path, *, part: int = 0, part
     experts = expert_weights(checkpoint.layers)
     ranked = (match for match in map(RANK_FILE.match, checkpoint.files) if match and match[3] == "optim")
     optimizer_file = checkpoint.path / next(match[0] for match in ranked if not int(match[1]))
-    with reading(optimizer_file):
+    with reading_archive(optimizer_file):
         optimizer_state, step = _optimizer_state(checkpoint, read_archive(optimizer_file)["optimizer_state_dict"])
     for name in sorted(checkpoint.moments["exp_avg"])[part::parts]:
         for key, sources in {"fp32": checkpoint.tensors, **checkpoint.moments}.items():

@@ -17,7 +17,7 @@ from trace_ds.run.foreign import file_entries, pointed, read_object, text_values
 from trace_ds.run.ours import MANIFEST
 
 LATEST = "latest"
-FORMAT = 1
+_FORMAT = 1
 _TEXTS = ("family", "job", "calibration", "dtype")
 STEP = re.compile(r"step_(\d{6,})")
 
@@ -56,7 +56,7 @@ class Manifest:
     layers: int | None = None
 
     def write(self, directory: Path) -> None:
-        write_json(directory / MANIFEST, {"format": FORMAT, **asdict(self)})
+        write_json(directory / MANIFEST, {"format": _FORMAT, **asdict(self)})
 
 
 def step_name(step: int) -> str:
@@ -69,8 +69,8 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise UserError("there is no manifest: the checkpoint is incomplete", str(directory), "use another step")
     raw = read_object(path, "the manifest", "use another step")
-    if (version := raw.pop("format", None)) != FORMAT:
-        problem = f"the manifest is of format {str(version)[:20]}, and this version of trace_ds reads {FORMAT}"
+    if (version := raw.pop("format", None)) != _FORMAT:
+        problem = f"the manifest is of format {str(version)[:20]}, and this version of trace_ds reads {_FORMAT}"
         fix = "go on with the version that wrote it (`versions` in the manifest), or use another step"
         raise UserError(problem, str(path), fix)
     try:

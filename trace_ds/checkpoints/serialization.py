@@ -50,7 +50,7 @@ class ShardFiles:
         self._held, self._written, self._failed = [], {}, None
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        state = plain(state_dict, {})
+        state = _plain(state_dict, {})
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(state)}
         size = sum(storage.nbytes() for storage in storages.values())
         taken = sum(map(_memory_of_copy, storages.values()))
@@ -78,9 +78,9 @@ class ShardFiles:
         return self._written
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
-        """As :func:`load` (DeepSpeed asks for the CPU); the loss scaler, which it wants back as an object, is the
+        """As :func:`load_shard` (DeepSpeed asks for the CPU); the loss scaler, which it wants back as an object, is the
         engine's own."""
-        state = load(path)
+        state = load_shard(path)
         optimizer = state.get(OPTIMIZER) if isinstance(state, dict) else None
         if isinstance(optimizer, dict) and LOSS_SCALER in optimizer:
             optimizer[LOSS_SCALER] = self._engine.optimizer.loss_scaler
@@ -154,7 +154,7 @@ class _Hashing:
         self._handle.flush()
 
 
-def load(path: str | Path) -> Any:
+def load_shard(path: str | Path) -> Any:
     """A shard file as plain data and tensors in memory; errors are those of :func:`check`."""
     return exchanged(check(Path(path)), LazyTensor, LazyTensor.load)
 
@@ -197,27 +197,27 @@ def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:
     return {"bytes": out.bytes, "sha256": out.digest.hexdigest()}
 
 
-def plain(value: Any, strings: dict[str, str]) -> Any:
+def _plain(value: Any, strings: dict[str, str]) -> Any:
     """A state as plain data: objects become their fields (all but one kind), enums their values. Containers are built
     anew and equal strings are one object (what pickle's memo depends on); tensors are untouched."""
     if isinstance(value, enum.Enum):
-        return plain(value.value, strings)
+        return _plain(value.value, strings)
     if isinstance(value, str):
         return strings.setdefault(str(value), sys.intern(str(value)))
     if type(value).__module__ == "numpy":
-        return plain(value.tolist(), strings)
+        return _plain(value.tolist(), strings)
     if value is None or isinstance(value, (bool, int, float, torch.Tensor, torch.dtype, torch.Size)):
         return value
     if type(value) in (list, tuple):
-        return type(value)(plain(item, strings) for item in value)
+        return type(value)(_plain(item, strings) for item in value)
     if isinstance(value, (set, frozenset)):
-        return [plain(item, strings) for item in sorted(value)]
+        return [_plain(item, strings) for item in sorted(value)]
     if isinstance(value, dict):
-        return {plain(key, strings): plain(item, strings) for key, item in value.items()}
+        return {_plain(key, strings): _plain(item, strings) for key, item in value.items()}
     if type(value).__name__ == "fragment_address":  # DeepSpeed's converter wants the object: two numbers
         return type(value)(value.numel, value.start)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain({entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}, strings)
+        return _plain({entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}, strings)
     if type(value).__module__.split(".")[0] == "deepspeed":
-        return plain(vars(value), strings)
+        return _plain(vars(value), strings)
     raise JobFailed(f"the state to be saved holds a {type(value).__name__}, which is no plain data")

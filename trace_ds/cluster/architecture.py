@@ -22,7 +22,7 @@ from trace_ds.models.families import EXPERTS_KEYS, FAMILIES, TOP_K_KEYS
 MULTI_LATENT = ("deepseek_v2", "deepseek_v3")
 MAX_LAYERS = 10_000
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-KINDS = {  # part of a parameter's name -> its kind; the first that fits counts
+_KINDS = {  # part of a parameter's name -> its kind; the first that fits counts
     "embed_tokens": "embedding",
     "lm_head": "head",
     "norm": "norms",
@@ -186,7 +186,7 @@ def _built(family: str, config: str) -> Architecture:
     blocks = [Parameters()] * described.num_hidden_layers
     outside, shapes = Parameters(), {}
     for name, parameter in model.named_parameters():
-        counted = Parameters(**{next(kind for part, kind in KINDS.items() if part in name): parameter.numel()})
+        counted = Parameters(**{next(kind for part, kind in _KINDS.items() if part in name): parameter.numel()})
         if layer := LAYER.fullmatch(name):
             blocks[int(layer[1])] += counted
             shapes[layer[2].removesuffix(".weight")] = tuple(parameter.shape)  # layers of one kind are alike

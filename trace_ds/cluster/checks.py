@@ -71,7 +71,7 @@ def checked(group: str, name: str, find: Callable[[], object], fix: str = "") ->
     except Exception as error:
         if fix and isinstance(error, OSError):
             return Check(group, name, "MISS", error.strerror or str(error), fix)
-        detail = f"the check itself failed: {type(error).__name__}: {first_line(str(error))}"
+        detail = f"the check itself failed: {type(error).__name__}: {first_line_of_error(str(error))}"
         return Check(group, name, "MISS", detail, "report it with the output of trace-ds doctor --json")
 
 
@@ -82,7 +82,7 @@ def guarded(group: str, name: str, function: Callable[[], Iterable[Check]]) -> l
     return results if end.status == "OK" else [*results, end]
 
 
-def first_line(text: str) -> str:
+def first_line_of_error(text: str) -> str:
     """The first non-empty line, shortened."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else ""
@@ -142,7 +142,9 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
     driver = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = first_line(subprocess.run(command, capture_output=True, text=True, timeout=15, check=True).stdout)
+        driver = first_line_of_error(
+            subprocess.run(command, capture_output=True, text=True, timeout=15, check=True).stdout
+        )
     promised = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if promised.isdigit() and int(promised) > count:
         fix = "run nvidia-smi on the node, install the CUDA build of torch, and look at CUDA_VISIBLE_DEVICES"
@@ -220,7 +222,7 @@ def storage_checks(run_dir: Path, needed_bytes: float | None) -> Iterator[Check]
                 publish(path, content)
             yield judged(group, "run directory", path.read_bytes() == b"new", f"{home} is writable", fix)
             try:
-                with locked(path):
+                with locked_file(path):
                     problem = lock_problem(path)
                 yield judged(
                     group, "locks", not problem, problem or "flock excludes a second holder", LOCKS_FIX, "WARN"
@@ -244,7 +246,7 @@ def publish(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked_file(path: Path) -> Iterator[None]:
     """Hold the lock of a file; OSError when it is taken or there are no locks."""
     with path.open("r+b") as handle:  # NFS makes a POSIX lock of it, and an exclusive one needs a writable descriptor
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -254,7 +256,7 @@ def locked(path: Path) -> Iterator[None]:
 def lock_problem(path: Path) -> str:
     """What is wrong with a lock that somebody else holds; empty when it is respected."""
     try:
-        with locked(path):
+        with locked_file(path):
             return "flock does not exclude a second holder"
     except BlockingIOError:
         return ""

@@ -208,7 +208,7 @@ def join_job() -> JoinedRanks | Check:
     except Exception as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         fix = "open the port between the nodes, and name the network: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
-        detail = f"the ranks do not meet at {where} ({type(error).__name__}: {checks.first_line(str(error))})"
+        detail = f"the ranks do not meet at {where} ({type(error).__name__}: {checks.first_line_of_error(str(error))})"
         return Check("network", "process group", "MISS", detail, fix)
     wait_longer(CHECK_TIMEOUT_MINUTES)
     return JoinedRanks(world, nodes)
@@ -257,7 +257,7 @@ def bandwidth_checks(ranks: JoinedRanks) -> Iterator[Check]:
             group = torch.distributed.new_group(backend="nccl", timeout=timeout)
         speeds = time_collectives(device, group)
     except Exception as error:
-        reason = checks.first_line(str(error)) or type(error).__name__
+        reason = checks.first_line_of_error(str(error)) or type(error).__name__
     failed = ((rank, text) for rank, text in enumerate(ranks.world.gather(reason)) if text)
     for rank, text in failed:
         fix = "NCCL_DEBUG=WARN shows NCCL's own reason; name the network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
@@ -376,7 +376,7 @@ def _between_nodes(ranks: JoinedRanks, path: Path) -> Iterator[Check]:
             return
         yield Check("storage", name, "OK", f"{len(token) >> 20} MiB written by {ranks.nodes[0]}")
     with contextlib.ExitStack() as stack:
-        failure = _on_main(ranks, lambda: stack.enter_context(checks.locked(path)))
+        failure = _on_main(ranks, lambda: stack.enter_context(checks.locked_file(path)))
         problem = "" if failure or ranks.world.is_main else checks.lock_problem(path)
         problems = ranks.world.gather(problem)  # the lock is held until all have tried
     problems[0] = failure and f"flock fails ({failure})"

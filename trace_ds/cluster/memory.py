@@ -25,8 +25,8 @@ MASTER_BYTES = 12  # fp32 copy and two Adam moments
 STEP_BYTES = 4  # fp32 gradient of the sub-group being stepped; fused AdamW has no temporary
 LOGIT_BYTES = 10  # beside the logits: log-softmax in fp32 (4), its gradient (4), the logits' gradient (b, 2 in bf16)
 FROZEN_LOGIT_BYTES = 12  # beside the frozen model's logits: log-softmax, its exponential and the difference in fp32
-LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py and trace_ds/models/token_nll.py
-CHUNKS_PER_PRODUCT = 4  # as in trace_ds/unlearning/forward.py
+_LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py and trace_ds/models/token_nll.py
+_CHUNKS_PER_PRODUCT = 4  # as in trace_ds/unlearning/forward.py
 WORKING_SHARE = 0.25  # of what a layer saved, again in its backward pass: measured 0 to 0.1, the rest is our margin
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
 LOADING_FACTOR = 1.3  # at most; docs/plan.md has what was measured
@@ -201,7 +201,7 @@ def host_bytes(job: PlannedJob) -> float:
 def _head_bytes(a: Architecture, tokens: int, side: int, b: int) -> float:
     """The LM head's backward pass: logits of a chunk of one ``side``'s tokens at a time; in bf16 their gradients, of
     both sides, wait for a product with the head's weight; the sum of the products in fp32, if there are several."""
-    product = min(tokens, _chunk(a, tokens) * (CHUNKS_PER_PRODUCT if b < 4 else 1))
+    product = min(tokens, _chunk(a, tokens) * (_CHUNKS_PER_PRODUCT if b < 4 else 1))
     waiting = product if product > _chunk(a, side) else 0
     gradient = a.vocabulary * a.hidden * (b if tokens <= product else 4 + b)
     return (_chunk(a, side) * (b + LOGIT_BYTES) + waiting * b) * a.vocabulary + gradient
@@ -209,7 +209,7 @@ def _head_bytes(a: Architecture, tokens: int, side: int, b: int) -> float:
 
 def _chunk(a: Architecture, tokens: int) -> int:
     """Tokens whose logits exist at a time."""
-    return min(tokens, max(LOGITS_PER_CHUNK // a.vocabulary, 1))
+    return min(tokens, max(_LOGITS_PER_CHUNK // a.vocabulary, 1))
 
 
 def _exchange_bytes(a: Architecture, tokens: int, ep: int, b: int) -> float:

@@ -102,7 +102,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:
             draft = Path(temporary) / "submission"
-            render(request, draft)
+            render_scripts(request, draft)
             for line in run_chain(draft, run_dir, cluster, variables | {"TRACE_DS_DRY_RUN": "1"}).values():
                 print(line.replace(str(draft), shlex.quote(str(folder))))
         print(f"# dry run: nothing submitted; the files would be in {folder}")
@@ -112,7 +112,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     commands = folder / "commands.txt"
     fresh = request.run.mark()
     try:
-        render(request, folder)
+        render_scripts(request, folder)
         (run_dir / "logs").mkdir(exist_ok=True)
         jobs = run_chain(folder, run_dir, cluster, variables | {"TRACE_DS_COMMANDS": str(commands)})
     except (UserError, OSError) as error:
@@ -142,7 +142,7 @@ def plan_warnings(config: Config, cluster: Cluster) -> list[str]:
     return plan(config, spec).warnings
 
 
-def render(request: Request, folder: Path) -> None:
+def render_scripts(request: Request, folder: Path) -> None:
     """Everything the jobs need, in ``folder``: resolved configuration, scripts, site file."""
     scripts = scripts_folder()
     (folder / "slurm").mkdir(parents=True)
@@ -180,7 +180,7 @@ def scripts_folder() -> Path:
 
 
 def run_chain(folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str]) -> dict[str, str]:
-    """Run ``slurm/chain.sh`` of what :func:`render` wrote: {stages: job id, or the command line of a dry run}.
+    """Run ``slurm/chain.sh`` of what :func:`render_scripts` wrote: {stages: job id, or the command line of a dry run}.
 
     The site file's own exports win over what it gets from here.
     """

@@ -62,12 +62,12 @@ def recipes() -> dict[str, Path]:
     return {name: GROUPS[kind] / f"{name}.yaml" for kind in GROUPS for name in recipe_names(kind)}
 
 
-def kind_of(path: Path) -> str:
+def _kind_of(path: Path) -> str:
     """run, model or task for a recipe of the package; "" for any other file."""
     return next((kind for kind, folder in GROUPS.items() if path.resolve().parent == folder), "")
 
 
-def find(config: str, folder: Path = Path()) -> Path:
+def find_config(config: str, folder: Path = Path()) -> Path:
     """The file that a name or a path stands for; a file goes before a recipe of its name.
 
     Raises:
@@ -99,7 +99,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def read_text(path: Path) -> str:
+def read_config_text(path: Path) -> str:
     """The text of a configuration file (what lies beyond any configuration's size is left out, and found too long)."""
     try:
         with path.open(encoding="utf-8-sig") as handle:
@@ -112,7 +112,7 @@ def shown(path: Path) -> str:
     """A file as messages name it."""
     return (
         {"run": "recipe", "model": "model", "task": "task"}[kind] + f" {path.stem}"
-        if (kind := kind_of(path))
+        if (kind := _kind_of(path))
         else str(path)
     )
 
@@ -145,7 +145,7 @@ class _Reading:
         if resolved in inside or self.files > MAX_FILES:
             circle = " → ".join(shown(each) for each in (*inside, resolved)) if resolved in inside else "too many files"
             raise UserError(f"extends leads around in a circle ({circle})", shown(path), "take one extends out")
-        if (kind := kind_of(path)) in ("model", "task"):
+        if (kind := _kind_of(path)) in ("model", "task"):
             first = self.fragments.setdefault(kind, path.stem)
             if first != path.stem:
                 raise UserError(f"a run has one {kind}, and two are named", f"{first} and {path.stem}", "leave one out")
@@ -154,7 +154,7 @@ class _Reading:
         bases = [bases] if isinstance(bases, str) else bases
         if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
             raise UserError("extends is no name or path, or list of them", shown(path), "write extends: NAME")
-        bases = [find(base, path.parent) for base in bases]
+        bases = [find_config(base, path.parent) for base in bases]
         return dict(merge(self.layers(bases, (*inside, resolved)), raw))
 
     def layers(self, paths: Sequence[Path], inside: tuple[Path, ...]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _in_order(paths: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: a recipe that is a whole run is named beside a fragment.
     """
-    kinds = [kind_of(path) for path in paths]
+    kinds = [_kind_of(path) for path in paths]
     places = [place for place, kind in enumerate(kinds) if kind in ("model", "task")]
     if places and "run" in kinds:
         name = paths[kinds.index("run")].stem
@@ -182,7 +182,7 @@ def _in_order(paths: Sequence[Path]) -> list[Path]:
             f"name it alone, or choose among {_names('model')} and {_names('task')}",
         )
     ordered = list(paths)
-    for place, path in zip(places, sorted((paths[place] for place in places), key=kind_of), strict=True):
+    for place, path in zip(places, sorted((paths[place] for place in places), key=_kind_of), strict=True):
         ordered[place] = path
     return ordered
 
@@ -194,7 +194,7 @@ def parse_file(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, is not valid YAML or holds no keys.
     """
     try:
-        raw = parse_yaml(read_text(path))
+        raw = parse_yaml(read_config_text(path))
     except ValueError as error:
         raise UserError(str(error), shown(path), "correct the file") from None
     if not isinstance(raw, dict):
@@ -208,7 +208,7 @@ def compose(configs: Iterable[str]) -> Composed:
     Raises:
         UserError: one is not there or cannot be read; a circle; two models, two tasks; a whole run beside a fragment.
     """
-    paths = [find(config) for config in configs]
+    paths = [find_config(config) for config in configs]
     reading = _Reading()
     raw = reading.layers(paths, ())
     return Composed(
@@ -240,7 +240,7 @@ def _names(kind: str) -> str:
 
 
 def _folder(path: Path) -> str:
-    return "." if kind_of(path) else str(path.parent)
+    return "." if _kind_of(path) else str(path.parent)
 
 
 def substitute(value: Any, values: dict[str, str]) -> Any:

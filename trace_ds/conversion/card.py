@@ -92,17 +92,17 @@ def model_card(
 
     Args:
         base: of a hub model its name, of another what to call it; empty: not said.
-        about, sections: lines; what comes from elsewhere went through :func:`plain`.
+        about, sections: lines; what comes from elsewhere went through :func:`plain_markdown`.
     """
     front = {"library_name": "transformers", "base_model": base, "tags": ["mixture-of-experts", "trace-ds", *tags]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items() if value), "---", ""]
-    lines += [f"# {plain(title)}", "", *about, ""]
+    lines += [f"# {plain_markdown(title)}", "", *about, ""]
     for heading, body in sections.items():
         lines += [f"## {heading}", "", *body, ""] if body else []
     return "\n".join(lines)
 
 
-def plain(text: str) -> str:
+def plain_markdown(text: str) -> str:
     """Text without effect in Markdown or HTML: one line, markup characters escaped."""
     flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", flat)
@@ -110,7 +110,7 @@ def plain(text: str) -> str:
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ("", "")) -> list[str]:
     """The lines of a table."""
-    body = [[plain(f"{cell:.6g}" if isinstance(cell, float) else str(cell)) for cell in row] for row in rows]
+    body = [[plain_markdown(f"{cell:.6g}" if isinstance(cell, float) else str(cell)) for cell in row] for row in rows]
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
 
 
@@ -125,18 +125,18 @@ def card_of_conversion(name: str, base_model: Path, report: Mapping[str, Any], f
     """
     base = str(facts.get("base_model") or model_name(base_model))
     method = facts.get("method") or {}
-    about = [f"Weights of a training job that started from {plain(base)}, converted by trace_ds."]
+    about = [f"Weights of a training job that started from {plain_markdown(base)}, converted by trace_ds."]
     unknown = ["How these weights were trained, and on what, is not known here: ask who made them."]
     if method:
-        about, unknown = unlearned(plain(base), str(method.get("weight rule", ""))), []
+        about, unknown = unlearned(plain_markdown(base), str(method.get("weight rule", ""))), []
     weights = {"source": origin(report["source"]), "type": report["dtype"], "tensors": report["tensors"]}
     weights["parameters"] = report["parameters"]
     sections = {
         "Method": table(method.items()) if method else [],
         "Calibration": table(facts["calibration"].items()) if facts.get("calibration") else [],
         "Weights": [*table(weights.items()), "", "`conversion.json` lists every file of weights with its SHA-256."],
-        "Warnings": [f"- {plain(entry)}" for entry in report["warnings"]],
-        "Notes": [f"- {plain(entry)}" for entry in report["notes"]],
+        "Warnings": [f"- {plain_markdown(entry)}" for entry in report["warnings"]],
+        "Notes": [f"- {plain_markdown(entry)}" for entry in report["notes"]],
         "Limits": [f"- {line}" for line in (*unknown, *LIMITS)],
     }
     return model_card(str(facts.get("name") or name), base, ["unlearning"] if method else [], about, sections)

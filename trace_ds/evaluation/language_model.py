@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 LOGITS_PER_FORWARD = 1 << 28  # one GiB of float32 logits
 TOKENS_PER_FORWARD = 1 << 16
 Advance = Callable[[int], None]  # hears how many more of what is counted are done
-T = TypeVar("T")
+_T = TypeVar("_T")
 R = TypeVar("R")
 
 
@@ -114,7 +114,7 @@ class LanguageModel:
     lockstep: bool = False
     engine: Any = None
 
-    def shared_out(self, batches: list[T], do: Callable[[T], R], advance: Callable[[T], None]) -> list[R]:
+    def shared_out(self, batches: list[_T], do: Callable[[_T], R], advance: Callable[[_T], None]) -> list[R]:
         """``do`` of every batch, in order, each done by one process and known to all.
 
         In lockstep a process for which the last round leaves no batch does one again, and one that has diverged goes

@@ -86,7 +86,7 @@ TASK_METRICS = {
     "lm_eval": ("acc", "acc_norm"),
 }
 ROLE_OF = {FORGET_QUALITY: "forget", MODEL_UTILITY: "utility"}  # metrics of tasks of one role only
-ATTACKS = {
+_ATTACKS = {
     "forced": "after sending the questions through other experts (the highest of the ways tried)",
     "relearned": "after a few steps of fine-tuning on a share of the forget text",
 }
@@ -95,8 +95,8 @@ ATTACKS = {
 def meaning(metric: str) -> str | None:
     """One line on a metric of a result; None for one that is not ours."""
     prefix, _, attacked = metric.partition("_")
-    if prefix in ATTACKS and attacked in METRICS:
-        return f"{attacked} {ATTACKS[prefix]}; a model that forgot stays where it was"
+    if prefix in _ATTACKS and attacked in METRICS:
+        return f"{attacked} {_ATTACKS[prefix]}; a model that forgot stays where it was"
     return METRICS[metric].meaning if metric in METRICS else None
 
 
@@ -109,7 +109,7 @@ def direction(metric: str, role: str) -> str:
     return shows if shows == "reference" else "higher" if (shows == "knowledge") == (role == "utility") else "lower"
 
 
-def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def metrics_of_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One score per (task, metric), forget tasks first, else in the order of their first appearance."""
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
@@ -121,10 +121,10 @@ def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def change(results: list[dict[str, Any]], before: str, after: str) -> str:
     """Each task's first score of two of the models, in one line."""
     named = {result["model"]: result for result in results}
-    first = {score["task"]: score["metric"] for score in reversed(rows_of(results))}
+    first = {score["task"]: score["metric"] for score in reversed(metrics_of_rows(results))}
     changes = [
         f"{task} {' → '.join(_text(_value(named[name], task, first[task])) for name in (before, after))}"
-        for task in dict.fromkeys(score["task"] for score in rows_of(results))
+        for task in dict.fromkeys(score["task"] for score in metrics_of_rows(results))
         if before in named and after in named
     ]
     return ", ".join(changes)

@@ -46,11 +46,11 @@ import numpy as np
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import MembershipItem, TofuItem, beginning
-from trace_ds.evaluation.kinds import Outcome, cut, item_logs
+from trace_ds.evaluation.kinds import Outcome, cut_tokens, item_logs
 from trace_ds.evaluation.language_model import Advance, LanguageModel, Sequence, TokenScores
 from trace_ds.evaluation.metrics import ASSUMED_AUC, FORGET_QUALITY, MODEL_UTILITY, PRIV_LEAK
 
-ATTACKS = ("min_k", "min_k_plus", "loss", "zlib")
+MEMBERSHIP_ATTACKS = ("min_k", "min_k_plus", "loss", "zlib")
 MIN_K_PERCENT = 40.0
 EPSILON = 1e-6  # a deviation of 0 means a certain token: it says nothing, and must not divide by zero
 KNOWN = ("probability", "rouge_l_recall", "truth")
@@ -122,7 +122,7 @@ def evaluate_membership(
         sequences.append(Sequence(tuple(ids), 1))
     token_scores = model.score(sequences, advance, moments=True)
     by_item = [member_scores(scores, item.text) for item, scores in zip(items, token_scores, strict=True)]
-    columns = {attack: np.array([scores[attack] for scores in by_item]) for attack in ATTACKS}
+    columns = {attack: np.array([scores[attack] for scores in by_item]) for attack in MEMBERSHIP_ATTACKS}
     texts = [beginning(item.text) for item in items]
     return MembershipOutcome(columns, item_logs(items, columns, text=texts, member=[item.member for item in items]))
 
@@ -169,7 +169,7 @@ def evaluate_tofu(
     for item, prompt_ids in zip(items, ids, strict=True):
         model.check_length(len(prompt_ids) + max_new_tokens, f"{where} item {item.id}")
     continuations = model.continue_greedily(ids, [max_new_tokens] * len(items), advance)
-    answers = [cut(text).strip() for text in model.decode(continuations)]
+    answers = [cut_tokens(text).strip() for text in model.decode(continuations)]
     references = [item.answer for item in items]
     ratios_I = np.array([truth_ratio(each[1], np.array(each[2:])) for each in likely])
     shares = [1.0 if item.paraphrase else each[0] + sum(each[2:]) for item, each in zip(items, likely, strict=True)]

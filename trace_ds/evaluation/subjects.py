@@ -1,7 +1,7 @@
 """Which models are scored, whether they may be compared, and what identifies a result.
 
 A result is made anew only when something that determines it has changed: the model, the tokenizer, a task's file, a
-setting that changes scores, or :data:`FORMAT`. The batch size and the device are left out:
+setting that changes scores, or :data:`EVALUATION_FORMAT`. The batch size and the device are left out:
 they change at most the last digits.
 """
 
@@ -27,7 +27,7 @@ from trace_ds.tensors.model_files import model_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 3  # raise it when a metric or the form of a result changes: old results are then computed anew
+EVALUATION_FORMAT = 3  # raise it when a metric or the form of a result changes: old results are then computed anew
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def identity(
     """
     fingerprints = task_fingerprints(tasks, settings.max_new_tokens)
     content: dict[str, Any] = {
-        "format": FORMAT,
+        "format": EVALUATION_FORMAT,
         "name": subject.name,
         "model": subject.fingerprint,
         "tokenizer": tokenizer,
@@ -129,7 +129,7 @@ def task_fingerprints(tasks: list[Task], max_new_tokens: int) -> dict[str, str]:
     return fingerprints
 
 
-def read_result(path: Path) -> dict[str, Any] | None:
+def read_scored(path: Path) -> dict[str, Any] | None:
     """A written result, or None when it is not there or not whole."""
     try:
         return read_object(path, "the result", "")
@@ -138,5 +138,5 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def has_identity(path: Path, expected: str) -> bool:
-    result = read_result(path)
+    result = read_scored(path)
     return result is not None and result.get("identity") == expected

@@ -34,7 +34,7 @@ def run_task(
     where, kind = task.config.place, task.config.type
     if kind == "lm_eval":
         metrics, logs = harness.evaluate_harness(model, task.config)
-        return TaskResult(score_records(task, metrics, len(logs)), logs, {})
+        return TaskResult(score_task_records(task, metrics, len(logs)), logs, {})
     if kind == "choice":
         outcome = kinds.evaluate_choice(model, items, where, advance)
     elif kind == "verbatim":
@@ -49,10 +49,10 @@ def run_task(
         outcome = kinds.evaluate_extraction(model, items, context_length, where, advance)
     else:
         outcome = kinds.evaluate_perplexity(model, items, context_length, where, advance)
-    return TaskResult(score_records(task, outcome.metrics(), outcome.count()), outcome.logs, outcome.by_source())
+    return TaskResult(score_task_records(task, outcome.metrics(), outcome.count()), outcome.logs, outcome.by_source())
 
 
-def score_records(task: Task, metrics: dict[str, float], n: int) -> list[dict[str, Any]]:
+def score_task_records(task: Task, metrics: dict[str, float], n: int) -> list[dict[str, Any]]:
     """The scores of a task; ``value`` is None for a metric that is missing in ``metrics`` or not finite.
 
     A metric of lm-eval that the task does not have is left out.

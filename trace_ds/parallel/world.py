@@ -32,7 +32,7 @@ from trace_ds.parallel.environment import (
     rank_and_size,
 )
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # How long ranks wait for the main process outside of collectives: hashing or converting a model of a terabyte takes it
 # an hour or two. A main process that hangs for longer should not hold the whole job until its time limit.
@@ -103,7 +103,7 @@ class World:
                 text = f"rank {self.rank}: the main process has ended, or has not come back for {PATIENCE}: {error}"
                 raise JobFailed(text) from error
 
-    def broadcast(self, value: T) -> T:
+    def broadcast(self, value: _T) -> _T:
         """The main process's ``value`` on every rank, whenever it has it. Plain data only."""
         self.wait_for_main()
         box = [value]
@@ -116,17 +116,17 @@ class World:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
-    def run_on_main_and_broadcast(self, work: Callable[[], T]) -> T:
+    def run_on_main_and_broadcast(self, work: Callable[[], _T]) -> _T:
         """Run ``work`` on the main process alone; its result (plain data) on every rank. Its :class:`UserError` or
         OSError ends every rank with the same status."""
         return self.broadcast(self._run_on_main(work))  # type: ignore[return-value]
 
-    def run_on_main_first(self, work: Callable[[], T]) -> T:
+    def run_on_main_first(self, work: Callable[[], _T]) -> _T:
         """Run ``work`` on the main process, then on the others; errors as in :meth:`check_on_all_ranks`."""
         result = self._run_on_main(work)
         return self.check_on_all_ranks(lambda: result if self.is_main else work())  # type: ignore[return-value]
 
-    def _run_on_main(self, work: Callable[[], T]) -> T | None:
+    def _run_on_main(self, work: Callable[[], _T]) -> _T | None:
         result, error = None, None
         if self.is_main:
             try:
@@ -137,7 +137,7 @@ class World:
             raise error if error is not None else AgreedError
         return result
 
-    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, work: Callable[[], _T]) -> _T:
         """Run ``work`` on every rank. An error of the user, the operating system (a full disk) or the job ends every
         rank: that rank with its error, the others with the same exit status, silently."""
         result, error = None, None
@@ -149,7 +149,7 @@ class World:
             raise error if error is not None else AgreedError
         return result  # type: ignore[return-value]
 
-    def check_on_all_ranks(self, work: Callable[[], T], where: str = "a file") -> T:
+    def check_on_all_ranks(self, work: Callable[[], _T], where: str = "a file") -> _T:
         """Run ``work`` on every rank, which may see other files than the main process; a :class:`UserError` or OSError
         on any of them ends every rank and is said once. ``where``: the file, where the system does not say which."""
         result, error = None, None

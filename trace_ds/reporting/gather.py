@@ -19,14 +19,21 @@ from safetensors.numpy import load_file
 from trace_ds.config.sections.calibration import CONTROL_RULES
 from trace_ds.config.sections.finetune import RETRAINED
 from trace_ds.errors import UserError
-from trace_ds.reporting.shapes import read_config, read_diagnosis, read_layers, read_manifest, read_points, read_result
+from trace_ds.reporting.shapes import (
+    read_checkpoint_manifest,
+    read_config,
+    read_diagnosis,
+    read_layers,
+    read_points,
+    read_result,
+)
 from trace_ds.routing.statistics import RoutingStatistics
-from trace_ds.run.artefact import FILE_NAME, Artefact, load
+from trace_ds.run.artefact import FILE_NAME, Artefact, load_artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import reading
 
 MAIN_ARM = "unlearned"
-SIDES = ("statistics/forget", "statistics/retain")
+_SIDES = ("statistics/forget", "statistics/retain")
 BASE_MODEL = "base model"
 
 
@@ -157,14 +164,14 @@ def gather(path: Path) -> RunData:
     run = RunDirectory.at(path)
     config = read_config(run.config)
     artefacts = {
-        name: load(place / name, name.partition("/")[0], verify=False)
-        for place, names in ((run.data.parent, ("data", *SIDES)), (run.path, ("calibration",)))
+        name: load_artefact(place / name, name.partition("/")[0], verify=False)
+        for place, names in ((run.data.parent, ("data", *_SIDES)), (run.path, ("calibration",)))
         for name in names
         if (place / name / FILE_NAME).is_file()
     }
     forget, retain = (
         RoutingStatistics.load(artefacts[name].file("statistics.safetensors")) if name in artefacts else None
-        for name in SIDES
+        for name in _SIDES
     )
     tasks = (config.get("evaluation") or {}).get("tasks") or []
     headline = [f"{task['name']} {task['headline']}" for task in tasks if task.get("headline")]
@@ -182,7 +189,7 @@ def gather(path: Path) -> RunData:
         )
     name = str(config.get("name") or path.resolve().name)
     some = retain or forget
-    layers = next(filter(None, (read_layers(artefacts[side]) for side in SIDES if side in artefacts)), None)
+    layers = next(filter(None, (read_layers(artefacts[side]) for side in _SIDES if side in artefacts)), None)
     return RunData(
         path=path,
         name=name,
@@ -194,7 +201,7 @@ def gather(path: Path) -> RunData:
         decoder_layers=layers or list(range(some.counts_LE.shape[0] if some else 0)),
         references=references,
         arms=arms,
-        job=next(filter(None, map(read_manifest, [path, *bases])), {}),
+        job=next(filter(None, map(read_checkpoint_manifest, [path, *bases])), {}),
     )
 
 
@@ -202,7 +209,7 @@ def _arm(label: str, base: Path, rule: str | None, headline: list[str]) -> Arm:
     """``rule``: what the configuration asks for, where nothing is calibrated yet."""
     calibration = None
     if (base / "calibration" / FILE_NAME).is_file():
-        artefact = load(base / "calibration", "calibration", verify=False)
+        artefact = load_artefact(base / "calibration", "calibration", verify=False)
         with reading(artefact.path or base, "the artefact", artefact.fix):
             arrays = (
                 load_file(artefact.file("calibration.safetensors"))
@@ -213,7 +220,7 @@ def _arm(label: str, base: Path, rule: str | None, headline: list[str]) -> Arm:
         calibration = Calibration(arrays, diagnosis, artefact.content)
         rule = diagnosis.get("rule") or rule
     evaluations = _evaluations(base / "evaluation", headline)
-    steps, final = read_manifest(base).get("step"), evaluations.get(MAIN_ARM)
+    steps, final = read_checkpoint_manifest(base).get("step"), evaluations.get(MAIN_ARM)
     return Arm(label, rule, calibration, steps, _curve(base, headline), final)
 
 

@@ -17,20 +17,20 @@ from typing import Any
 
 import yaml
 
-from trace_ds.evaluation.metrics import ARROWS, meaning, rows_of
+from trace_ds.evaluation.metrics import ARROWS, meaning, metrics_of_rows
 from trace_ds.reporting import scores
 from trace_ds.reporting.gather import BASE_MODEL, Evaluation, RunData, averaged
 from trace_ds.reporting.tables import Table, item_cells
 from trace_ds.reporting.verdict import Verdict, perplexities
 
-SCRIPTS = ("charts.js", "page.js")
+_SCRIPTS = ("charts.js", "page.js")
 EXAMPLES = 3
 MAX_QUESTIONS = 1500
 MAX_LIST_ROWS = 60
 MOST_GAINED, MOST_LOST = 10, 4  # sources of the retain text that the page names
 
 
-def render(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) -> str:
+def render_page(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) -> str:
     """The page as text. ``runs``: the run, and those that repeat it with other seeds."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
@@ -39,7 +39,7 @@ def render(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) 
     models = list(run.evaluations())
     main = next((arm.label for arm in run.arms if arm.is_trace and arm.label in models), models[-1] if models else "")
     style = _asset("page.css")
-    script = '"use strict";\n(function () {\n' + "\n".join(map(_asset, SCRIPTS)) + "\n})();\n"
+    script = '"use strict";\n(function () {\n' + "\n".join(map(_asset, _SCRIPTS)) + "\n})();\n"
     environment = Environment(
         loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -48,8 +48,8 @@ def render(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) 
         "number": number,
         "percent": lambda value: "–" if value is None else f"{value:.1%}",
         "points": lambda value: "–" if value is None else f"{100 * value:.1f}",
-        "change": change,
-        "gain": lambda value, low, high: change(100 * value, low and 100 * low, high and 100 * high, 1),
+        "change": describe_change,
+        "gain": lambda value, low, high: describe_change(100 * value, low and 100 * low, high and 100 * high, 1),
         "tied": lambda text: re.sub(r"\[[^\]]*\]", lambda shown: shown[0].replace(" ", "\u00a0"), text),
         "model": lambda label: ", ".join(names.get(each, each) for each in label.split(", ")),
     }
@@ -172,7 +172,7 @@ def score_table(rows: list[dict[str, Any]], run: RunData) -> dict[str, Any]:
     """(task, metric) × models, the headline first, of each part the forget tasks first; and what the metrics mean."""
     values = {(row["model"], row["task"], row["metric"]): row for row in rows}
     models = list(dict.fromkeys(row["model"] for row in rows))
-    heads = sorted(rows_of([{"scores": rows}]), key=lambda row: not row["headline"])
+    heads = sorted(metrics_of_rows([{"scores": rows}]), key=lambda row: not row["headline"])
     lines = [
         row
         | {"arrow": ARROWS.get(row["direction"], "")}
@@ -208,7 +208,7 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if 0.001 <= abs(value) < 10 or value == 0 else f"{value:.4g}"
 
 
-def change(value: float, low: float | None = None, high: float | None = None, digits: int = 3) -> str:
+def describe_change(value: float, low: float | None = None, high: float | None = None, digits: int = 3) -> str:
     """A difference with its sign and interval."""
     band = "" if low is None or high is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"{value:+.{digits}f}{band}".replace("-", "−")

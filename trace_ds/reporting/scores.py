@@ -15,9 +15,13 @@ from trace_ds.reporting.intervals import Interval, of_difference, of_mixes, of_s
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-MOMENTS = ("first", "after", "end")  # the first scored step at the target; on average from there on; the last step
+SCORING_MOMENTS = (
+    "first",
+    "after",
+    "end",
+)  # the first scored step at the target; on average from there on; the last step
 CHANCE_MARGIN = 0.02  # without a gold model: forgotten = at most two points above guessing
-TOLERANCE = 1e-9  # of a score at the target
+_TOLERANCE = 1e-9  # of a score at the target
 NEGLIGIBLE = 0.01  # less above the target is nothing to forget, however sure
 FORGOTTEN_P = 0.05  # TOFU: truth ratios that a test cannot tell from the retrained model's
 
@@ -104,7 +108,7 @@ class Difference:
 
 # nothing: the model never clearly knew more than the target; kept: its score did not clearly fall; partly: it fell, and
 # is above the target; forgotten: it fell to the target. Clear is what the 95 % interval of the paired difference says.
-Outcome = Literal["nothing", "kept", "partly", "forgotten"]
+TaskChange = Literal["nothing", "kept", "partly", "forgotten"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Forgotten:
     target: Target
     before: Score
     after: Score
-    outcome: Outcome
+    outcome: TaskChange
 
 
 def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
@@ -134,7 +138,7 @@ def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
             band = Interval(band.low - target.level, band.high - target.level)
         gap = Difference(remaining(before), target.level, band)
         fall = Difference(remaining(before), remaining(after), of_difference(before, original, after, final))
-        outcome: Outcome = "forgotten" if remaining(after) <= target.level + TOLERANCE else "partly"
+        outcome: TaskChange = "forgotten" if remaining(after) <= target.level + _TOLERANCE else "partly"
         if gap.sign <= 0 or gap.value < NEGLIGIBLE:
             outcome = "nothing"
         elif fall.sign <= 0:
@@ -143,7 +147,7 @@ def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
     return result
 
 
-def outcome_of(tasks: Sequence[Forgotten]) -> Outcome | None:
+def outcome_of(tasks: Sequence[Forgotten]) -> TaskChange | None:
     """Of all tasks that there was something to forget of; None when that is not known."""
     outcomes = {task.outcome for task in tasks} - {"nothing"}
     if not tasks:
@@ -184,7 +188,7 @@ class Trajectory:
         return self.steps[self.first] - self.steps[self.first - 1] if self.first else 0
 
     def at(self, moment: str) -> list[Evaluation] | None:
-        """The models whose mean is the arm at one of :data:`MOMENTS`; None where there was no such."""
+        """The models whose mean is the arm at one of :data:`SCORING_MOMENTS`; None where there was no such."""
         if moment == "end":
             return [self.final]
         return None if self.first is None else self.models[self.first :][: 1 if moment == "first" else None]
@@ -200,14 +204,14 @@ def trajectory(run: RunData, label: str | None) -> Trajectory | None:
     target_scores = [target for target in targets(run) if target.score.task in tasks]
     left = [excess(model, target_scores) for _, model in points]
     on_the_way = bool(arm.checkpoints and target_scores)
-    met = [number for number, value in enumerate(left) if on_the_way and value is not None and value <= TOLERANCE]
+    met = [number for number, value in enumerate(left) if on_the_way and value is not None and value <= _TOLERANCE]
     models = [model for _, model in points]
     return Trajectory([s for s, _ in points], models, met[0] if met else None, on_the_way, arm.final or models[-1])
 
 
 @dataclass(frozen=True)
 class Standing:
-    """An arm at matched forgetting and at the end, mean over its runs; by moment of :data:`MOMENTS`."""
+    """An arm at matched forgetting and at the end, mean over its runs; by moment of :data:`SCORING_MOMENTS`."""
 
     label: str
     step: float | None  # the first scored one at the target; None where a run was not scored on the way or never met it
@@ -227,7 +231,7 @@ def standing(runs: Sequence[RunData], label: str, baseline: str | None) -> Stand
     base = [None if baseline == label else trajectory(run, baseline) for run in runs]
     utility: dict[str, float | None] = {}
     pairs: dict[str, list[Difference | None]] = {}
-    for moment in MOMENTS:
+    for moment in SCORING_MOMENTS:
         sides = [(each.at(moment), other and other.at(moment)) for each, other in zip(mine, base, strict=True)]
         utility[moment] = _mean_of([None if models is None else _utility(models) for models, _ in sides])
         pairs[moment] = [difference(models, others) if models and others else None for models, others in sides]

@@ -17,20 +17,20 @@ from trace_ds.run.artefact import FILE_NAME, Artefact
 from trace_ds.run.curve import read_curve
 from trace_ds.run.foreign import named_by, read_bytes, read_object, reading
 
-Number = float | None
+_Number = float | None
 Count = Annotated[int, Field(ge=0)] | None
-Values = dict[str, Number]
+Values = dict[str, _Number]
 Rows = list[dict[str, bool | int | float | str | None]] | None  # of a table
 
 
 class ScoreShape(TypedDict, total=False):
     task: Required[str]
     metric: Required[str]
-    value: Required[Number]
+    value: Required[_Number]
     n: Count
     role: Literal["forget", "utility"]
     direction: Literal["lower", "higher", "reference"]
-    chance: Number
+    chance: _Number
 
 
 class ItemShape(TypedDict, total=False):
@@ -40,20 +40,20 @@ class ItemShape(TypedDict, total=False):
     reference: str | None
     continuation: str | None
     choices: list[str] | None
-    correct: Number | bool
-    exact: Number | bool
-    member: Number | bool
-    rouge_l: Number
-    rouge_l_recall: Number
-    extraction_strength: Number
-    min_k: Number
-    nll: Number
+    correct: _Number | bool
+    exact: _Number | bool
+    member: _Number | bool
+    rouge_l: _Number
+    rouge_l_recall: _Number
+    extraction_strength: _Number
+    min_k: _Number
+    nll: _Number
     tokens: Count
 
 
 class SideShape(TypedDict, total=False):
-    overlap: list[Number]
-    kl: list[Number]
+    overlap: list[_Number]
+    kl: list[_Number]
 
 
 class DriftShape(TypedDict, total=False):
@@ -188,7 +188,7 @@ def read_layers(artefact: Artefact) -> list[int] | None:
         return check(artefact.summary.get("layers"), list[int] | None)
 
 
-def read_manifest(base: Path) -> dict[str, Any]:
+def read_checkpoint_manifest(base: Path) -> dict[str, Any]:
     """Of the newest checkpoint of a run or variant; empty where there is none."""
     newest = named_by(base / "checkpoints", "latest")
     if newest is None or not (newest / "manifest.json").is_file():
@@ -198,7 +198,7 @@ def read_manifest(base: Path) -> dict[str, Any]:
 
 def read_points(base: Path) -> list[dict[str, Any]]:
     """What an unlearning job scored of itself, step by step, from its newest checkpoint, or RUN/curve.json."""
-    points = (read_manifest(base).get("trainer_state") or {}).get("curve") or []
+    points = (read_checkpoint_manifest(base).get("trainer_state") or {}).get("curve") or []
     if not points and (base / "curve.json").is_file():
         points = read_curve(base / "curve.json")["curve"]
         with reading(base / "curve.json", "the curve", "make it again with `trace-ds unlearn`"):

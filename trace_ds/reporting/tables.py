@@ -17,7 +17,7 @@ import numpy as np
 
 from trace_ds.reporting.gather import RunData, averaged
 from trace_ds.reporting.intervals import Interval, of_difference, of_score
-from trace_ds.reporting.scores import MOMENTS, arm_points, excess, mean_score, standing, targets
+from trace_ds.reporting.scores import SCORING_MOMENTS, arm_points, excess, mean_score, standing, targets
 
 MAX_TEXT = 300
 # An item's score is the first of these in its log; of all but nll more means that more is known.
@@ -59,7 +59,7 @@ def all_tables(runs: Sequence[RunData]) -> dict[str, Table]:
     """Every table by name, of a run and those that repeat it with other seeds; one without data is left out."""
     run = averaged(runs)
     tables = {
-        "routing": routing(run),
+        "routing": _routing(run),
         "selected": selected_experts(run),
         "sources": sources(run),
         "moved_targets": _from_diagnosis(run, "moved_targets", ["layer", "expert", "offered", "reason"]),
@@ -74,7 +74,7 @@ def all_tables(runs: Sequence[RunData]) -> dict[str, Table]:
     return {name: table for name, table in tables.items() if len(table)}
 
 
-def routing(run: RunData) -> Table:
+def _routing(run: RunData) -> Table:
     """One row per layer and expert: counts, frequencies with document-clustered errors, and their log-ratio.
 
     The ratio and its interval are the calibration's (Student's t; see calibration/detect.py); without one there is the
@@ -153,7 +153,7 @@ def matched_forgetting(runs: Sequence[RunData]) -> Table:
         result = standing(runs, arm.label, runs[0].baseline.label if runs[0].baseline else None)
         if result is not None and (result.step is not None or result.late):
             numbers: list[Any] = []
-            for at in MOMENTS:
+            for at in SCORING_MOMENTS:
                 gap = result.against[at]
                 numbers += [result.utility[at], gap and gap.value, *_ends(gap.interval if gap else None)]
             rows.append([arm.label, arm.rule, len(runs), result.step, result.spacing, *numbers])

@@ -17,8 +17,8 @@ from trace_ds.reporting.gather import Evaluation, RunData, Score, averaged
 from trace_ds.reporting.intervals import Interval, of_score
 from trace_ds.reporting.scores import (
     Difference,
-    Outcome,
     Standing,
+    TaskChange,
     difference,
     forgotten,
     mean_score,
@@ -28,7 +28,7 @@ from trace_ds.reporting.scores import (
     standing,
 )
 
-FORGOT: dict[Outcome | None, tuple[str, str, str]] = {  # the sentence's words, the answer, and a note
+FORGOT: dict[TaskChange | None, tuple[str, str, str]] = {  # the sentence's words, the answer, and a note
     None: (
         " cannot be said to have forgotten",
         "Not known",
@@ -101,7 +101,7 @@ def verdict(runs: Sequence[RunData]) -> Verdict:
     return Verdict(words + ".", (*(answer for _, answer in parts), Answer("How sure is that?", sure, why)))
 
 
-def _forgot(run: RunData, label: str) -> tuple[Outcome | None, str, Answer]:
+def _forgot(run: RunData, label: str) -> tuple[TaskChange | None, str, Answer]:
     """What became of the knowledge, how the sentence begins, and the answer."""
     final, original = _final(run, label), run.references["original"]
     tasks = forgotten(run, final)

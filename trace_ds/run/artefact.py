@@ -19,7 +19,7 @@ from trace_ds.run.files import canonical_json, once_a_process, require_files, sh
 from trace_ds.run.foreign import file_entries, read_object, reading, text_values, typed
 
 FILE_NAME = "artefact.json"
-FORMAT = 1
+_FORMAT = 1
 # By kind: the command that makes it.
 MADE_BY = {
     "data": "prepare CONFIG",
@@ -79,7 +79,7 @@ def fix_of(kind: str) -> str:
 def identity_of(kind: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     """SHA-256 over what determines an artefact: its kind, format, inputs and settings."""
     return sha256_text(
-        canonical_json({"kind": kind, "format": FORMAT, "inputs": dict(inputs), "settings": dict(settings)})
+        canonical_json({"kind": kind, "format": _FORMAT, "inputs": dict(inputs), "settings": dict(settings)})
     )
 
 
@@ -111,7 +111,7 @@ def describe(
         directory / FILE_NAME,
         {
             "kind": kind,
-            "format": FORMAT,
+            "format": _FORMAT,
             "inputs": artefact.inputs,
             "settings": artefact.settings,
             "files": files,
@@ -123,7 +123,7 @@ def describe(
     return artefact
 
 
-def load(directory: Path, kind: str, *, verify: bool = True) -> Artefact:
+def load_artefact(directory: Path, kind: str, *, verify: bool = True) -> Artefact:
     """Read an artefact and prove that it is whole.
 
     Sizes are always compared with the description, hashes when ``verify``. Any damage is a :class:`UserError` that
@@ -154,10 +154,10 @@ def _read(description: Path) -> Artefact:
     return artefact
 
 
-def find(directory: Path, kind: str, identity: str, *, verify: bool = True) -> Artefact | None:
-    """The artefact of that identity in ``directory``, or None when there is no whole one (see :func:`load`)."""
+def find_current(directory: Path, kind: str, identity: str, *, verify: bool = True) -> Artefact | None:
+    """The artefact of that identity in ``directory``, None without a whole one (see :func:`load_artefact`)."""
     try:
-        artefact = load(directory, kind, verify=verify)
+        artefact = load_artefact(directory, kind, verify=verify)
     except UserError:
         return None
     return artefact if artefact.identity == identity else None
@@ -165,4 +165,4 @@ def find(directory: Path, kind: str, identity: str, *, verify: bool = True) -> A
 
 def is_done(directory: Path, kind: str, identity: str) -> bool:
     """Whether ``directory`` already holds a whole artefact of that identity (damage counts as not done)."""
-    return find(directory, kind, identity) is not None
+    return find_current(directory, kind, identity) is not None

@@ -20,8 +20,8 @@ LOCK_RETRY_S = 3.0
 LOCK_NAME = ".lock"
 INPUTS_LOCK_NAME = ".inputs.lock"  # of data and statistics: the jobs of variants share it
 FINETUNE, VARIANTS = "finetune", "variants"
-SIDES = ("forget", "retain", "alternative")
-STEP = re.compile(r"step_\d{6,}")
+_SIDES = ("forget", "retain", "alternative")
+_STEP = re.compile(r"step_\d{6,}")
 COMPARISONS = ("study.json", "bench.json", "frontier.csv")  # of `trace-ds bench`
 # What may stand in a directory before it is marked as a run's; SLURM's scripts keep logs there and copy fetched.json.
 UNMARKED = ("stop", "logs", "fetched.json", LOCK_NAME, INPUTS_LOCK_NAME)
@@ -67,9 +67,9 @@ class RunDirectory:
     calibration = Place("calibration", marker=ours.ARTEFACT)
     model = Place("model", marker=ours.MODEL)
     report = Place("report", marker=ours.ARTEFACT)
-    statistics = Place("statistics", shared=True, makes="|".join(SIDES))
-    checkpoints = Place("checkpoints", makes=rf"{STEP.pattern}|latest|universal|zero_to_fp32\.py")
-    evaluation = Place("evaluation", makes=rf"{STEP.pattern}|[A-Za-z0-9][A-Za-z0-9._-]*\.json")
+    statistics = Place("statistics", shared=True, makes="|".join(_SIDES))
+    checkpoints = Place("checkpoints", makes=rf"{_STEP.pattern}|latest|universal|zero_to_fp32\.py")
+    evaluation = Place("evaluation", makes=rf"{_STEP.pattern}|[A-Za-z0-9][A-Za-z0-9._-]*\.json")
     logs = Place("logs", makes=r"[a-z]+\.jsonl")
     tb = Place("tb")
     variants = Place(VARIANTS)
@@ -152,7 +152,7 @@ class RunDirectory:
                 ours.require_file(self.path / name)
             else:
                 ours.require_folders(self.path / name)
-        for side in SIDES if self.parent is None else ():
+        for side in _SIDES if self.parent is None else ():
             ours.require_directory(self.path / "statistics" / side, ours.ARTEFACT)
             ours.require_directory(self.path / "statistics" / f"{side}.partial", ours.PARTIAL, ours.ARTEFACT)
         for made in self.finetuned_here():

@@ -22,9 +22,9 @@ from trace_ds.run.ours import ARTEFACT, leftover, require_directory
 if TYPE_CHECKING:
     import numpy as np
 
-HASH_BLOCK_BYTES = 1 << 22
+_HASH_BLOCK_BYTES = 1 << 22
 CLOCK_TICK_S = 0.02  # file times are as coarse as the kernel's timer, 1 to 10 ms
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def canonical_json(value: Any) -> str:
@@ -36,15 +36,15 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def once_a_process(read: Callable[[Path], T]) -> Callable[[Path], T]:
+def once_a_process(read: Callable[[Path], _T]) -> Callable[[Path], _T]:
     """Remember what ``read`` makes of a file as long as it is the same file, by device, inode, size and times.
 
     Callers share the value and must not change it. What raises is not remembered.
     """
-    known: dict[tuple[str | int, ...], T] = {}
+    known: dict[tuple[str | int, ...], _T] = {}
 
     @functools.wraps(read)
-    def remembered(path: Path) -> T:
+    def remembered(path: Path) -> _T:
         try:
             status = path.stat()
         except OSError:
@@ -65,7 +65,7 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a regular file, read in blocks (constant memory)."""
     digest = hashlib.sha256()
     with open_regular(path) as handle:
-        while block := handle.read(HASH_BLOCK_BYTES):
+        while block := handle.read(_HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
 

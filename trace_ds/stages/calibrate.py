@@ -105,7 +105,7 @@ class CalibrateJob:
             raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
         with stage_log(self.place, "calibrate") as log:
             _make(self, forget, retain, detection, log)
-            log.done(summary(artefacts.load(self.place.calibration, "calibration", verify=False)))
+            log.done(calibration_summary(artefacts.load_artefact(self.place.calibration, "calibration", verify=False)))
 
 
 def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
@@ -145,7 +145,7 @@ def _make(
 
     config, run, settings = job.config, job.place, job.config.calibration
     by_rows = config.unlearning.apply == "sampling"
-    documents = read_documents(job.data.file("retain_documents.arrow"))
+    documents = _read_documents(job.data.file("retain_documents.arrow"))
     tokens = read_token_map(job.data.file("retain.arrow"), len(documents.source_D))
     selections = load_selections(job.retain, retain, tokens)
     request = WeightRequest(
@@ -226,7 +226,7 @@ def none_found(detection: Detection) -> str:
     return "; ".join([text, *detection.warnings])
 
 
-def summary(made: Artefact) -> str:
+def calibration_summary(made: Artefact) -> str:
     """What was made, in one line."""
     d = read_object(made.file("diagnosis.json"), "the diagnosis", made.fix)
     experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
@@ -288,7 +288,7 @@ def source_weights(config: Config, documents: DocumentSources) -> np.ndarray | N
         raise UserError(str(error), "calibration.source_weights", fix) from None
 
 
-def read_documents(path: Path) -> DocumentSources:
+def _read_documents(path: Path) -> DocumentSources:
     """Sources and first characters of the retain documents; the text stays in the memory-mapped file."""
     table = open_stream(path).read_all()
     coded = table.column("source").combine_chunks().dictionary_encode()

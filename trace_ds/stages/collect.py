@@ -58,7 +58,7 @@ class CollectJob:
     def existing(self, side: str, *, verify: bool = True) -> artefact.Artefact | None:
         """The artefact that is already there, whole, from the same inputs, with all that is needed (or more)."""
         try:
-            statistics = artefact.load(self.place.statistics / side, "statistics", verify=verify)
+            statistics = artefact.load_artefact(self.place.statistics / side, "statistics", verify=verify)
         except UserError:
             return None
         recorded = all(covers(statistics.settings.get(key), value) for key, value in self.settings[side].items())
@@ -89,7 +89,9 @@ class CollectJob:
             for side in missing:
                 _collect_side(self, world, side, engine, log)
             if world.is_main:
-                made = {side: artefact.load(run.statistics / side, "statistics", verify=False) for side in missing}
+                made = {
+                    side: artefact.load_artefact(run.statistics / side, "statistics", verify=False) for side in missing
+                }
                 counted = " and ".join(f"{side} {each.summary['tokens']:,}" for side, each in made.items())
                 model = made[missing[0]].summary
                 log.done(
@@ -202,7 +204,7 @@ def _collect_side(job: CollectJob, world: World, side: str, engine: Any, log: St
         remove_states(directory)
         (directory / SHAPE_NAME).unlink(missing_ok=True)
         commit_directory(directory, destination)
-        summary = artefact.load(destination, "statistics", verify=False).summary
+        summary = artefact.load_artefact(destination, "statistics", verify=False).summary
         log.detail(f"{side}: {summary['tokens']:,} tokens of {summary['documents']:,} documents counted")
 
     world.run_on_main_and_broadcast(commit)
@@ -275,7 +277,7 @@ def _prepare_directory(path: Path, shape: dict[str, Any]) -> bool:
 
     If not, ``path`` is emptied, unless a killed collection of the same thing in the same shape left it.
     """
-    if artefact.find(path, "statistics", shape["identity"], verify=False) is not None:
+    if artefact.find_current(path, "statistics", shape["identity"], verify=False) is not None:
         return True
     try:
         same = json.loads((path / SHAPE_NAME).read_text(encoding="utf-8")) == shape

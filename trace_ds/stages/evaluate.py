@@ -21,13 +21,13 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task, read_tasks
 from trace_ds.evaluation.metrics import change
 from trace_ds.evaluation.subjects import (
-    FORMAT,
+    EVALUATION_FORMAT,
     Subject,
     find_subjects,
     has_identity,
     identity,
     named_models,
-    read_result,
+    read_scored,
     require_same_tokenizer,
     task_fingerprints,
 )
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from trace_ds.evaluation.language_model import LanguageModel
     from trace_ds.parallel.world import World
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class EvaluateJob:
     def strangers(self) -> list[Path]:
         """Results of models that this configuration does not name."""
         results = sorted(self.place.evaluation.glob("*.json"))
-        return [p for p in results if p.stem not in self.identities and "scores" in (read_result(p) or {})]
+        return [p for p in results if p.stem not in self.identities and "scores" in (read_scored(p) or {})]
 
     def done(self) -> bool:
         refers = {"membership", "tofu"} & {task.config.type for task in self.tasks}  # to scores of another model
@@ -144,7 +144,7 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> EvaluateJob:
             from trace_ds.evaluation.harness import rehearse
 
             rehearse(task)
-    data = artefact.load(run.data, "data", verify=False) if settings.needs_data else None
+    data = artefact.load_artefact(run.data, "data", verify=False) if settings.needs_data else None
     if data is not None:
         data.require_same(tokenizer=fingerprint)
     if settings.expert_forcing:
@@ -156,7 +156,7 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> EvaluateJob:
         require_same_tokenizer(subject.path, reference, tokenizer)
     against = {"original": info.fingerprint} | ({"data": data.content} if data is not None else {})
     calibrated = settings.expert_forcing and (run.calibration / artefact.FILE_NAME).is_file()
-    calibration = artefact.load(run.calibration, "calibration", verify=False) if calibrated else None
+    calibration = artefact.load_artefact(run.calibration, "calibration", verify=False) if calibrated else None
     attacked = {
         **against,
         "relearning": settings.relearning and settings.relearning.model_dump(mode="json"),
@@ -180,7 +180,7 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> EvaluateJob:
     return EvaluateJob(config, run, info, tasks, subjects, identities, data)
 
 
-def _on_main(world: World | None, work: Callable[[], T]) -> T:
+def _on_main(world: World | None, work: Callable[[], _T]) -> _T:
     """Let the main process do ``work`` and return its result on all (collective): a full disk there must not leave the
     others waiting."""
     return work() if world is None else world.run_on_main_and_broadcast(work)
@@ -193,14 +193,14 @@ def _refer_to_retrained(job: EvaluateJob, log: StageLog) -> None:
     kinds, settings = {task.config.type for task in job.tasks}, job.config.evaluation
     if kinds.isdisjoint(("membership", "tofu")):
         return
-    retrained = read_result(job.result_path(settings.retrained)) if settings.retrained in settings.models else None
+    retrained = read_scored(job.result_path(settings.retrained)) if settings.retrained in settings.models else None
     if retrained is None and "membership" in kinds:
         log.line("PrivLeak: no retrained model among evaluation.models, so its AUC is assumed to be 0.5")
     if retrained is None and "tofu" in kinds:
         log.line("TOFU: no retrained model among evaluation.models, so there is no forget quality")
     for subject in job.subjects:
         path = job.result_path(subject.name)
-        result = read_result(path)
+        result = read_scored(path)
         if result is not None and (changed := with_retrained(result, retrained)) != result:
             write_json(path, changed)
 
@@ -257,7 +257,7 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
             diverged = result is not None and result["diverged"]
             if measures_drift and name in (ORIGINAL, UNLEARNED) and not diverged:
                 assert job.data is not None
-                routing = drift.routing(job.data, model, log)
+                routing = drift.compare_routing(job.data, model, log)
                 if name == ORIGINAL:
                     original_routing = routing
                 elif result is not None and original_routing:
@@ -281,12 +281,12 @@ def _write(job: EvaluateJob, name: str, result: dict[str, Any], log: StageLog) -
 def _score(job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageLog) -> dict[str, Any]:
     """The result of one model, without its drift; of a diverged model all values are None."""
     from trace_ds.evaluation.language_model import Diverged
-    from trace_ds.evaluation.tasks import run_task, score_records
+    from trace_ds.evaluation.tasks import run_task, score_task_records
 
     new_tokens, context_length = job.config.evaluation.max_new_tokens, job.config.data.context_length
     progress = Progress(log, subject.name, sum(task.units for task in job.tasks), unit="item")
     result: dict[str, Any] = {
-        "format": FORMAT,
+        "format": EVALUATION_FORMAT,
         "identity": job.identities[subject.name],
         "model": subject.name,
         "model_fingerprint": subject.fingerprint,
@@ -307,7 +307,7 @@ def _score(job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageL
             result["items"][task.config.name] = outcome.items
             result["by_source"][task.config.name] = outcome.by_source
     except Diverged:
-        scores = [record for task in job.tasks for record in score_records(task, {}, len(task.items))]
+        scores = [record for task in job.tasks for record in score_task_records(task, {}, len(task.items))]
         log.line(
             f"warning: {subject.name} has diverged (its log-probabilities are not finite), so it has no scores: "
             "lower unlearning.optimizer.lr or the strength of the forget loss"

@@ -29,7 +29,7 @@ from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_object, typed
 from trace_ds.run.hub_names import HubName, hub_name
 
-KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
+_KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
 ALL_MODELS = ("run", "fetch", "evaluate")  # the verbs that read evaluation.models too
 
 
@@ -38,7 +38,7 @@ class Resource:
     """Something that a configuration names on the hub.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`_KINDS`.
         key: where the configuration names it.
         name: as it is named there.
         entry: of ``RUN/fetched.json``: ``commit``, of a model ``bytes`` too; of a task ``commits`` of its data sets.
@@ -65,7 +65,7 @@ def fetch(config: Config, run: RunDirectory, *, dry_run: bool = False) -> int:
         return 0
     with locked(run):
         run.clear_leftovers()
-        record: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+        record: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
         resources = list(_download(config))
         for resource in resources:
             record[resource.kind].setdefault(resource.name, resource.entry)
@@ -144,13 +144,13 @@ def _show(resources: list[Resource]) -> None:
 
 
 def read_record(run: RunDirectory | None) -> dict[str, dict[str, Any]]:
-    """``RUN/fetched.json``, by kind (:data:`KINDS`) and name; empty before ``trace-ds fetch`` ran."""
+    """``RUN/fetched.json``, by kind (:data:`_KINDS`) and name; empty before ``trace-ds fetch`` ran."""
     if run is None or not run.fetched.is_file():
-        return {kind: {} for kind in KINDS}
+        return {kind: {} for kind in _KINDS}
     fix = "delete it, and run `trace-ds fetch CONFIG` again"
     record = read_object(run.fetched, "the record of what was fetched", fix)
     try:
-        for entries in typed(record, dict.fromkeys(KINDS, dict)).values():
+        for entries in typed(record, dict.fromkeys(_KINDS, dict)).values():
             for name in entries:
                 typed(entries, {name: dict})
                 typed(entries[name], {"commits": dict} if "commits" in entries[name] else {"commit": str})

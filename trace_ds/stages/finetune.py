@@ -111,7 +111,7 @@ class FinetuneJob:
 
         settings, training = settings_of(self.config), self.training
         with training.log_and_checkpoint(world, "finetune") as (log, chosen):
-            batches = world.run_on_main_first(lambda: make_batches(self.config, self.sides, self.data))
+            batches = world.run_on_main_first(lambda: make_finetune_batches(self.config, self.sides, self.data))
             accumulation = batches.micro_batches_per_step(world.size)
             engine = training_engine(settings, self.info, world, accumulation, **model_shape(self.config))
             start = training.restore(world, engine, chosen, log)
@@ -179,11 +179,11 @@ def require_models(config: Config, run: RunDirectory) -> None:
 
 def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
     settings_of(config)
-    check_settings(config, checked_model(config, processes))
+    _check_settings(config, checked_model(config, processes))
     check_vocabulary(config)
 
 
-def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
+def _check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     """What can be wrong with the settings and this model alone; returns the user's DeepSpeed keys, if there are any."""
     require_plain_logits(info, "finetune")
     return ds_config_of(settings_of(config))
@@ -197,7 +197,7 @@ def check(config: Config, run: RunDirectory, world_size: int) -> FinetuneJobs:
     shared = {
         "model": info.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={*OPERATIONAL, "models", "epochs"}),
-        "ds_config": check_settings(config, info),
+        "ds_config": _check_settings(config, info),
         "dtype": config.model.dtype,
         "seed": config.seed,
     }
@@ -208,12 +208,12 @@ def check(config: Config, run: RunDirectory, world_size: int) -> FinetuneJobs:
             raise UserError(problem, str(run.data), data.fix)
         seen = [data.files[f"{side}.arrow"]["sha256"] for side in sides]  # not the corpora that it does not see
         identity = job_identity(kind="finetune", data=seen, **shared)
-        steps = make_batches(config, sides, data).steps
+        steps = make_finetune_batches(config, sides, data).steps
         jobs.append(FinetuneJob(config, run.finetuned(name), name, tuple(sides), info, data, steps, identity))
     return FinetuneJobs(config, run, jobs)
 
 
-def make_batches(config: Config, sides: list[str] | tuple[str, ...], data: artefact.Artefact) -> CorpusBatches:
+def make_finetune_batches(config: Config, sides: list[str] | tuple[str, ...], data: artefact.Artefact) -> CorpusBatches:
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.unlearning.batches import CorpusBatches
 

@@ -39,7 +39,7 @@ class Inputs:
 
     @classmethod
     def read(cls, config: Config, run: RunDirectory, model: str) -> Inputs:
-        data = artefact.load(run.data, "data")
+        data = artefact.load_artefact(run.data, "data")
         tokenizer = tokenizer_fingerprint(config.model.tokenizer_path)
         data.require_same(tokenizer=tokenizer)
         return cls(run, data, model, tokenizer)
@@ -63,7 +63,7 @@ class Inputs:
 
     def _load(self, path: Path, kind: str) -> Artefact:
         """An artefact that was made from these."""
-        loaded = artefact.load(path, kind)
+        loaded = artefact.load_artefact(path, kind)
         loaded.require_same(**self.fingerprints)
         return loaded
 

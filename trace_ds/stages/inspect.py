@@ -36,7 +36,7 @@ from trace_ds.tensors.torch_archive import read_archive
 from trace_ds.terminal import size
 
 EXIT_DAMAGED = 1
-SIDES = ("forget", "retain")
+_SIDES = ("forget", "retain")
 SUPPORTED = "an artefact, a run directory, checkpoints or a model directory"
 
 
@@ -129,7 +129,7 @@ def _artefact(path: Path, verify: bool, kind: str = "") -> Inspection:
     if not kind:
         description = read_json_object(path / artefact.FILE_NAME, "the description of the artefact")
         kind = str(description.get("kind", "unknown"))
-    loaded = artefact.load(path, kind, verify=verify)
+    loaded = artefact.load_artefact(path, kind, verify=verify)
     if kind == "calibration":
         shapes.read_diagnosis(loaded)
     elif kind == "statistics":
@@ -244,11 +244,11 @@ def _run(path: Path, verify: bool) -> Inspection:
         content[name] = facts["content"]
         inputs = facts["inputs"]
         # the inputs of data/ are corpora, which have the names of the statistics made from them
-        names = () if kind == "data" else ("data", *SIDES)
+        names = () if kind == "data" else ("data", *_SIDES)
         stale = [key for key in names if key in inputs and inputs[key] != content.get(key)]
         return f"stale (made from another {' and '.join(stale)})" if stale else "done"
 
-    places = {"data": run.data, **{f"statistics/{side}": run.statistics / side for side in SIDES}}
+    places = {"data": run.data, **{f"statistics/{side}": run.statistics / side for side in _SIDES}}
     for name, place in (places | {"calibration": run.calibration}).items():
         kind, _, side = name.partition("/")
         add(name, place.exists(), lambda place=place, kind=kind, side=side: read_artefact(place, kind, side or kind))  # type: ignore[misc]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trace_ds import __version__
-from trace_ds.conversion.card import LIMITS, model_card, model_name, plain, table
+from trace_ds.conversion.card import LIMITS, model_card, model_name, plain_markdown, table
 from trace_ds.reporting.gather import BASE_MODEL, averaged, gather, gather_repeats
 from trace_ds.reporting.scores import headline_table
 from trace_ds.run import artefact
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trace_ds.reporting.gather import RunData
     from trace_ds.reporting.verdict import Verdict
 
-ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
+_ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
 PAPER = (
     "TRACE (Xie, Lin, Xiong, Zhang, Li; arXiv 2606.10338) is public as an abstract only; the equations used here are "
     "decisions of trace_ds."
@@ -79,7 +79,7 @@ def report(run: RunDirectory, others: list[Path] | None = None) -> Path:
     runs = [data, *gather_repeats(data, others or [])]
     whole, all_tables, summary = averaged(runs), tables.all_tables(runs), verdict(runs)
     files: dict[str, str] = {
-        "index.html": page.render(runs, summary, all_tables),
+        "index.html": page.render_page(runs, summary, all_tables),
         "scores.json": json.dumps(scores.score_records(whole), indent=1, ensure_ascii=False) + "\n",
         "model_card.md": model_card_of(whole, summary),
         **{f"{name}.csv": table.to_csv() for name, table in all_tables.items()},
@@ -96,34 +96,33 @@ def report(run: RunDirectory, others: list[Path] | None = None) -> Path:
 def model_card_of(run: RunData, verdict: Verdict) -> str:
     """The card of the unlearned model: what was done, how well, and what is not claimed."""
     settings = run.config.get("unlearning") or {}
-    loss, steps = (plain(str(settings.get(key, "not recorded"))) for key in ("forget_loss", "steps"))
+    loss, steps = (plain_markdown(str(settings.get(key, "not recorded"))) for key in ("forget_loss", "steps"))
     rules = ", ".join(f"{arm.label}: {arm.rule}" for arm in run.arms if arm.rule) or "not recorded"
-    made = (
-        f"Unlearned with trace_ds {__version__}. Forget loss: {loss}; steps: {steps}; retain weights: {plain(rules)}."
-    )
+    settings_line = f"Forget loss: {loss}; steps: {steps}; retain weights: {plain_markdown(rules)}."
+    made = f"Unlearned with trace_ds {__version__}. {settings_line}"
     names, values = headline_table(run)
     first = [[model, *row] for model, row in values.items()]
-    titles = ("model", *(plain(f"{score.task} {score.metric} {ARROWS[score.direction]}") for score in names))
+    titles = ("model", *(plain_markdown(f"{score.task} {score.metric} {_ARROWS[score.direction]}") for score in names))
     rows = []
     for name, evaluation in run.evaluations().items():
         for one in evaluation.scores:
             count, chance = ("–" if value is None else value for value in (one.n, one.chance))
-            rows.append([name, one.task, f"{one.metric} {ARROWS.get(one.direction, '')}", one.value, count, chance])
+            rows.append([name, one.task, f"{one.metric} {_ARROWS.get(one.direction, '')}", one.value, count, chance])
     head = ("model", "task", "metric", "value", "n", "chance")
     sections = {
         "Headline scores": table(first, titles) if first else ["Not evaluated yet."],
         "All scores": table(rows, head) if rows else ["Not evaluated yet."],
         "Limits": [f"- {line}" for line in (PAPER, *LIMITS)],
-        "Versions": [f"- {plain(name)} {plain(version)}" for name, version in run.versions.items()],
+        "Versions": [f"- {plain_markdown(name)} {plain_markdown(version)}" for name, version in run.versions.items()],
     }
     path = (run.config.get("model") or {}).get("path")
     base = run.versions.get(BASE_MODEL, model_name(str(path)) if path else "").partition("@")[0]
     return model_card(
-        run.title, base, ["unlearning"], [made, *(f"\n{plain(line)}" for line in verdict.lines)], sections
+        run.title, base, ["unlearning"], [made, *(f"\n{plain_markdown(line)}" for line in verdict.lines)], sections
     )
 
 
-def summary(run: RunDirectory) -> tuple[Table, str]:
+def report_summary(run: RunDirectory) -> tuple[Table, str]:
     """For the terminal: the table of scores, and what the run's numbers show, in plain words."""
     from trace_ds.reporting import scores
     from trace_ds.reporting.verdict import verdict

@@ -123,7 +123,7 @@ class Training:
 
         def load_one(manifest: Manifest) -> None:
             if (manifest.world, manifest.ep, manifest.zero_stage) == (world.size, ep, self.settings.zero_stage):
-                commit.load(engine, checkpoints, step_name(manifest.step), manifest.step)
+                commit.load_state(engine, checkpoints, step_name(manifest.step), manifest.step)
                 return
             log.line(
                 f"the checkpoint of step {manifest.step} was written by world size {manifest.world}, "

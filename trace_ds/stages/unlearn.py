@@ -110,7 +110,7 @@ class UnlearnJob:
         with self.training.log_and_checkpoint(world, "unlearn") as (log, chosen):
             # the checkpoint of a job that held the whole model goes on so
             job = self if chosen is None else replace(self, layers=chosen.layers)
-            batches = world.run_on_main_first(lambda: make_batches(job))
+            batches = world.run_on_main_first(lambda: make_unlearn_batches(job))
             engine, routers = make_engine(job, world, batches, log)
             start = job.training.restore(world, engine, chosen, log)
             objective, trainer_state = make_objective(
@@ -137,11 +137,11 @@ class UnlearnJob:
 
 
 def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
-    check_settings(config, checked_model(config, processes))
+    check_unlearning_settings(config, checked_model(config, processes))
     check_vocabulary(config)
 
 
-def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
+def check_unlearning_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     """Check the settings against the model alone; returns the user's DeepSpeed keys, if there are any."""
     settings = config.unlearning
     if settings.forget_loss != "rmu":
@@ -170,7 +170,7 @@ def check(config: Config, run: RunDirectory, world_size: int) -> UnlearnJob:
     info, settings = checked_model(config, world_size), config.unlearning
     inputs = Inputs.read(config, run, info.fingerprint)
     data, calibration = inputs.data, inputs.calibration()
-    ds_config = check_settings(config, info)
+    ds_config = check_unlearning_settings(config, info)
     tasks = curve_tasks(config)
     routing = {}
     if settings.evaluate.every and settings.evaluate.rows:
@@ -331,7 +331,7 @@ def make_objective(
     return Unlearning(settings, forget_retain, Multiplier.of(settings, trainer_state), routers), trainer_state
 
 
-def make_batches(job: UnlearnJob) -> Batches:
+def make_unlearn_batches(job: UnlearnJob) -> Batches:
     """The job's data with the retain weights of the calibration, memory-mapped from shared storage."""
     import numpy as np
 

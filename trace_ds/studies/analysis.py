@@ -35,7 +35,7 @@ from trace_ds.studies.runs import recipe_trial, require_bench
 
 BOOTSTRAP_DRAWS = 10_000
 SAME = "same strength"
-TOLERANCE = 1e-9  # of a score at the target
+_TOLERANCE = 1e-9  # of a score at the target
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ Measure = Callable[[list[int], list[float], list[float]], Matched]  # of steps, 
 
 def reached(forget_S: Sequence[float], target: float) -> Reached | None:
     """Where the forget scores first are at the target; None where they never are. NaN never is."""
-    index = next((number for number, score in enumerate(forget_S) if score <= target + TOLERANCE), None)
+    index = next((number for number, score in enumerate(forget_S) if score <= target + _TOLERANCE), None)
     if index is None:
         return None
     before = forget_S[index - 1] if index else math.nan
@@ -111,13 +111,13 @@ class Curve:
 
     @property
     def settings(self) -> dict[str, str]:
-        return settings_of(self.strength)
+        return _settings_of(self.strength)
 
     def __str__(self) -> str:
         return f"seed {self.seed}, {self.loss}, {self.method}, {self.strength}"
 
 
-def settings_of(strength: str) -> dict[str, str]:
+def _settings_of(strength: str) -> dict[str, str]:
     """``{"alpha": "16", "lr": "0.0005"}`` of ``alpha=16,lr=0.0005``."""
     return dict(part.split("=", 1) for part in strength.split(",") if part)
 
@@ -193,7 +193,7 @@ class Comparison:
         methods = dict.fromkeys([*self.bench.methods, *(curve.method for curve in curves)])
         of_method = {method: [curve for curve in curves if curve.method == method] for method in methods}
         of_method = {method: mine for method, mine in of_method.items() if mine}
-        own = {method: settings_of(recipe_trial(self.config, loss, method).label) for method in of_method}
+        own = {method: _settings_of(recipe_trial(self.config, loss, method).label) for method in of_method}
         keys = [key.rsplit(".", 1)[-1] for key in self.bench.grid]
         for count in range(len(keys) + 1):
             free = keys[:count]

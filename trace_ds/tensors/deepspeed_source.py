@@ -38,7 +38,7 @@ from trace_ds.tensors.checkpoint import (
     read_state,
 )
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
-from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, reading, scalar
+from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, reading_archive, scalar
 
 MASTER, FROZEN = "fp32", "frozen"
 MODEL_NAME = "mp_rank_00_model_states.pt"
@@ -102,7 +102,7 @@ def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[
     needed = ("module", "param_shapes", "dp_world_size", "global_steps")
     head_path = directory / model_files[min(model_files)]
     head = read_state(head_path, needed)
-    with reading(head_path):
+    with reading_archive(head_path):
         world = int(head["dp_world_size"])
     check_ranks(directory, model_files, world, "model")
     check_ranks(directory, optim_files, world, "optim")
@@ -111,7 +111,7 @@ def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[
     for rank in range(world):
         model_path, optim_path = directory / model_files[rank], directory / optim_files[rank]
         model = head if model_path == head_path else read_state(model_path, needed)
-        with reading(model_path):
+        with reading_archive(model_path):
             values["step"][model_path.name] = int(model["global_steps"])
             values["world size"][model_path.name] = model["dp_world_size"]
             experts = expert_weights(autoep_layers(model, model_path))  # their ep_rank is this rank's
@@ -121,7 +121,7 @@ def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[
                 numel_here = max(0, min(tensor.numel(), math.prod(shape) - rank * tensor.numel()))
                 pieces.add(name, FROZEN, shape, 0, rank, Run(tensor.storage, tensor.start, numel_here))
         optim = _read_optimizer(optim_path, "ZeRO-3", "fp32_flat_groups")
-        with reading(optim_path):
+        with reading_archive(optim_path):
             values["world size"][optim_path.name] = optim.get("partition_count", world)
             states = (optim.get("optimizer_state_dict") or {}).get("state") or {}
             partitions = optim.get("ds_zero_partition_groups") or []
@@ -138,7 +138,7 @@ def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[
         values.one(label, directory)
     adam_step = values.one("optimizer step", directory)
     notes: list[str] = []
-    with reading(head_path):
+    with reading_archive(head_path):
         check_adam_step(adam_step, head, notes, directory / optim_files[min(model_files)])
         facts = job_facts(head, head_path)
         joined = pieces.join(directory, facts["layers"], (MASTER, *MOMENTS, FROZEN))
@@ -182,7 +182,7 @@ def _open_replicated(directory: Path, model_file: str, optim_files: dict[int, st
     """Stages 0, 1 and 2: one file of shared parameters, a file per expert, and optimizer files per rank."""
     model_path = directory / model_file
     model = read_state(model_path, ("module", "global_steps", "dp_world_size"))
-    with reading(model_path):
+    with reading_archive(model_path):
         facts = job_facts(model, model_path)
         tensors = {name: from_lazy(name, t) for name, t in model["module"].items() if isinstance(t, LazyTensor)}
         tensors |= _expert_files(directory, names, facts["layers"])
@@ -198,7 +198,7 @@ def _open_replicated(directory: Path, model_file: str, optim_files: dict[int, st
         groups = _shapes(model.get("param_shapes") or [])
     check_ranks(directory, optim_files, checkpoint.world, "optim")
     joined, adam_step = _zero12_masters(directory, optim_files, groups, data_first, checkpoint)
-    with reading(model_path):
+    with reading_archive(model_path):
         check_adam_step(adam_step, model, checkpoint.notes, directory / optim_files[0])
     masters = joined.pop(MASTER)
     _check_masters(masters, tensors, model_path)
@@ -269,7 +269,7 @@ def _zero12_masters(
     for rank in range(world):
         path = directory / optim_files[rank]
         optim = _read_optimizer(path, "ZeRO-1/2", "single_partition_of_fp32_groups")
-        with reading(path):
+        with reading_archive(path):
             counts = optim.get("partition_count", world)
             largest = max(counts) if isinstance(counts, list) and counts else counts
             if largest != world:
@@ -285,7 +285,7 @@ def _zero12_masters(
                     values["optimizer step"].setdefault(path.name, adam_step)
                 flats[-1].append(flat)
     pieces, paddings = Pieces(), values.one("paddings", directory)
-    with reading(directory / optim_files[0]):
+    with reading_archive(directory / optim_files[0]):
         for group, shapes in enumerate(groups):
             ranks_of: dict[int, list[int]] = defaultdict(list)
             for rank in range(world):

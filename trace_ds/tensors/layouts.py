@@ -32,7 +32,7 @@ from trace_ds.tensors.runs import Block, TensorSource, assemble, extract
 
 MAX_BLOCKS = 1 << 20
 NO_SHAPE = ("dtype", "torch_dtype", "_name_or_path", "transformers_version")  # keys that change no tensor's place
-FAMILIES = "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, qwen3_5_moe_text"
+_FAMILIES = "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, qwen3_5_moe_text"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _layout(shape: str) -> ModelLayout:
         whole = owners.get(view.untyped_storage()._cdata)
         if whole is None or (blocks := blocks_of_view(view.shape, view.stride(), view.storage_offset())) is None:
             problem = f"transformers computes {name} in a way that is not a rearrangement of one tensor"
-            raise UserError(problem, f"model_type {config.model_type}", FAMILIES)
+            raise UserError(problem, f"model_type {config.model_type}", _FAMILIES)
         hub[name] = Piece(name, whole, tuple(view.shape), tuple(blocks))
     keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())

@@ -64,7 +64,7 @@ def _holds_deepspeed(path: Path) -> bool:
     return any(RANK_FILE.match(name.name) or MODEL_FILE.match(name.name) for name in path.iterdir())
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def _read_manifest(path: Path) -> dict[str, Any] | None:
     """The checkpoint's ``manifest.json`` with every file's size compared; None when it has none."""
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
@@ -87,7 +87,7 @@ def open_source(path: Path, tag: str | None = None) -> Checkpoint:
         UserError: it is none of the known kinds, or a file of it is missing, truncated, damaged or inconsistent.
     """
     directory = locate(path, tag)
-    manifest = read_manifest(directory)
+    manifest = _read_manifest(directory)
     if (directory / "config.json").is_file() and not any(directory.glob("*_model_states.pt")):
         checkpoint = open_huggingface(directory)
     elif (directory / "zero").is_dir():

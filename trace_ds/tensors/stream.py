@@ -30,11 +30,11 @@ from trace_ds.tensors.torch_archive import COPY_CHECKPOINT, bytes_of
 BLOCK_NUMEL = 1 << 17  # read and cast, a block lies in the second-level cache of a core
 FLUSH_BYTES = 1 << 27
 BATCH_BYTES = 1 << 20
-HASH_BLOCK_BYTES = 1 << 20
+_HASH_BLOCK_BYTES = 1 << 20
 FREE_SPACE = "free space there, or choose another destination"
 KEPT_OPEN = 64  # files beside those in use; a target may have one for every expert, and a process 1024
 NAN, OVERFLOW = "holds NaN", "overflows in the target type"
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
+ByteProgress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class FileHasher:
 
     def __init__(self) -> None:
         self.hashes: dict[Path, str] = {}
-        self._buffer = memoryview(bytearray(HASH_BLOCK_BYTES))
+        self._buffer = memoryview(bytearray(_HASH_BLOCK_BYTES))
         self._path: Path | None = None
 
     def follow(self, path: Path, end: int) -> None:
@@ -105,7 +105,7 @@ class FileHasher:
             self._path, self._position, self._digest = path, 0, hashlib.sha256()
             self._file = OpenFile(path, os.O_RDONLY)
         while self._position < end:
-            data = self._buffer[: min(end - self._position, HASH_BLOCK_BYTES)]
+            data = self._buffer[: min(end - self._position, _HASH_BLOCK_BYTES)]
             read_all(self._file.descriptor, data, self._position, path)
             self._digest.update(data)
             self._position += len(data)
@@ -121,7 +121,7 @@ class FileHasher:
 class Streamer:
     """Runs tasks on ``jobs`` threads; reading, casting, hashing and writing all release Python's lock."""
 
-    def __init__(self, jobs: int, progress: Progress | None = None, total_bytes: int = 0) -> None:
+    def __init__(self, jobs: int, progress: ByteProgress | None = None, total_bytes: int = 0) -> None:
         self._jobs = jobs
         self._file = functools.lru_cache(KEPT_OPEN)(OpenFile)
         self._progress = progress
@@ -237,7 +237,7 @@ def _problem(block: torch.Tensor, cast: torch.Tensor) -> str:
 
 
 def run_tasks(
-    tasks: list[CopyTask], directory: Path, jobs: int, progress: Progress | None, hasher: FileHasher
+    tasks: list[CopyTask], directory: Path, jobs: int, progress: ByteProgress | None, hasher: FileHasher
 ) -> dict[str, Any]:
     """Stream the tasks, which are in the order of their files, after checking that the disk can hold them.
 

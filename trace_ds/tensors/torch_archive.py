@@ -187,7 +187,7 @@ def plain_shape(value: Any) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading_archive(path: Path) -> Iterator[None]:
     """Turn whatever damaged metadata make a reader raise into one line that names the file."""
     try:
         yield

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
 
-T = TypeVar("T", int, float)
+_T = TypeVar("_T", int, float)
 LARGEST, FP32_LARGEST = 10**9, 3.4e38
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
@@ -31,7 +31,7 @@ def expanded(path: str) -> str:
 PathText = Annotated[str, AfterValidator(expanded)]
 
 
-def _bounded(value: T) -> T:
+def _bounded(value: _T) -> _T:
     limit = LARGEST if isinstance(value, int) else FP32_LARGEST
     if abs(value) > limit:
         raise ValueError(f"no number here can be above {limit:,}")
