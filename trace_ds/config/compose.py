@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.plain_yaml import MAX_CHARACTERS, parse_yaml
+from trace_ds.config.plain_yaml import MAX_CONFIG_CHARACTERS, parse_yaml
 from trace_ds.config.sections.base import expanded
 from trace_ds.errors import UserError
 
@@ -103,7 +103,7 @@ def read_config_text(path: Path) -> str:
     """The text of a configuration file (what lies beyond any configuration's size is left out, and found too long)."""
     try:
         with path.open(encoding="utf-8-sig") as handle:
-            return handle.read(MAX_CHARACTERS + 1)
+            return handle.read(MAX_CONFIG_CHARACTERS + 1)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 (byte {error.start})", shown(path), "save the file as UTF-8") from None
 

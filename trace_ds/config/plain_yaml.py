@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-_MAX_CHARACTERS = 1 << 18
+MAX_CONFIG_CHARACTERS = 1 << 18
 MAX_DEPTH = 40
 MAX_VALUES = 20_000
 SHOWN_CHARACTERS = 60
@@ -42,8 +42,8 @@ def parse_yaml(text: str) -> Any:
     A key that is there twice or is no text is an error. Depth and the number of values, each alias counted as all that
     it stands for, are checked before anything is made of them.
     """
-    if len(text) > _MAX_CHARACTERS:
-        raise ValueError(f"it has {len(text):,} characters, more than the {_MAX_CHARACTERS:,} of any configuration")
+    if len(text) > MAX_CONFIG_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters, more than the {MAX_CONFIG_CHARACTERS:,} of any configuration")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
