@@ -43,7 +43,9 @@ def parse_yaml(text: str) -> Any:
     it stands for, are checked before anything is made of them.
     """
     if len(text) > MAX_CONFIG_CHARACTERS:
-        raise ValueError(f"it has {len(text):,} characters, more than the {MAX_CONFIG_CHARACTERS:,} of any configuration")
+        raise ValueError(
+            f"it has {len(text):,} characters, more than the {MAX_CONFIG_CHARACTERS:,} of any configuration"
+        )
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
