@@ -75,7 +75,7 @@ def test_automatic_sizes_are_those_of_the_cluster(
     """In the configuration that the jobs read."""
     request = Request(with_changes(request_.config, {"distributed.ep": "auto"}, "test"), request_.run)
     configs: list[str] = []
-    monkeypatch.setattr(submit, "render", lambda request, folder: configs.append(dump_yaml(request.written)))
+    monkeypatch.setattr(submit, "render_scripts", lambda request, folder: configs.append(dump_yaml(request.written)))
     monkeypatch.setattr(submit, "run_chain", lambda *arguments: {})
     for cluster, size in ((Cluster(2, 1), 1), (Cluster(2, 2), 2), (Cluster(3, 8), 4)):
         assert submit_run(request, cluster, chain=False, dry_run=True) == 0
