@@ -69,12 +69,12 @@ def pairs(count: int, seed: int, *more: str) -> Rows:
 def muse(**more: dict[str, Rows]) -> Configs:
     sides = ("forget", "retain1", "retain2", "holdout")
     raw = {side: texts(12, seed) for seed, side in enumerate(sides)}
-    known = {f"{side}_qa": pairs(3, seed) for seed, side in enumerate(("forget", "retain"))}
+    questions = {f"{side}_qa": pairs(3, seed) for seed, side in enumerate(("forget", "retain"))}
     solved = {f"{side}_qa_icl": pairs(10, 7 + seed) for seed, side in enumerate(("forget", "retain"))}
     passages = [{"prompt": one["text"], "gt": two["text"]} for one, two in zip(texts(3, 5), texts(3, 6), strict=True)]
     private = {side: texts(6, 20 + seed) for seed, side in enumerate(("retain", "forget", "holdout"))}
     train = {side: rows for side, rows in raw.items() if side != "holdout"}
-    result = {"raw": raw, "knowmem": known | solved, "privleak": private, "verbmem": {"forget": passages}}
+    result = {"raw": raw, "knowmem": questions | solved, "privleak": private, "verbmem": {"forget": passages}}
     return result | {"train": train} | more
 
 

@@ -94,7 +94,7 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, host: torch.Tensor) -> OnDevice:
         with torch.inference_mode(False):  # a view of a parameter is no inference tensor
-            made = torch.Tensor._make_wrapper_subclass(
+            tensor = torch.Tensor._make_wrapper_subclass(
                 cls,
                 host.size(),
                 strides=host.stride(),
@@ -102,8 +102,8 @@ class OnDevice(torch.Tensor):
                 dtype=host.dtype,
                 device=DEVICE,
             )
-        made.host = host
-        return made
+        tensor.host = host
+        return tensor
 
     def __repr__(self) -> str:  # torch's own would read it
         return f"OnDevice({tuple(self.shape)}, {self.dtype})"
@@ -183,7 +183,7 @@ class Standin(TorchDispatchMode):
     def arrive(self, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for copy in copies:
             copy[0].copy_(copy[1])
-        self.under_way = [held for held in self.under_way if all(held is not copy for copy in copies)]
+        self.under_way = [pending for pending in self.under_way if all(pending is not copy for copy in copies)]
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._pinned

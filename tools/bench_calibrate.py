@@ -90,11 +90,11 @@ def write_rows(folder: Path, rng: np.random.Generator, arguments: argparse.Names
     """``rows.npy`` uint16 [rows, L, E]: Poisson-like counts around the selections of stretches of the small corpus."""
     trace = np.load(folder / "retain.npy", mmap_mode="r")
     layers, experts, top_k = arguments.layers, arguments.experts, arguments.top_k
-    made = []
+    counts = []
     for start in range(0, len(trace) - DOCUMENT_TOKENS, DOCUMENT_TOKENS):
         piece = np.asarray(trace[start : start + DOCUMENT_TOKENS])
-        made.append([np.bincount(piece[:, layer].ravel(), minlength=experts) for layer in range(layers)])
-    mean = np.array(made, np.float32) * (1024 / DOCUMENT_TOKENS)
+        counts.append([np.bincount(piece[:, layer].ravel(), minlength=experts) for layer in range(layers)])
+    mean = np.array(counts, np.float32) * (1024 / DOCUMENT_TOKENS)
     rows = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.uint16, (arguments.rows, layers, experts))
     for start in range(0, arguments.rows, 2000):
         chosen = mean[rng.integers(0, len(mean), min(2000, arguments.rows - start))]
@@ -138,11 +138,11 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     forget_LE = forget_LE / len(forget)
     sides = forget_LE, retain_LE, np.zeros_like(retain_LE)
     threads = int(os.environ["OMP_NUM_THREADS"])
-    made = weigh_rows(
+    weighting = weigh_rows(
         WeightRequest(config, tokens, scope_LE, *sides, threads=threads, log=lambda line: None), selections
     )
     weights_s = time.perf_counter() - now_s
-    w = made.row_weight_R
+    w = weighting.row_weight_R
     return {
         "rows": arguments.rows,
         "constraints": int(scope_LE.sum()),
@@ -151,13 +151,14 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "total_s": round(time.perf_counter() - began_s, 2),
         "cpu_s": round(time.process_time() - began_cpu_s, 2),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "lambda": made.strength,
-        "exponent": made.exponent,
+        "lambda": weighting.strength,
+        "exponent": weighting.exponent,
         "row_ess_fraction": float(w.sum() ** 2 / (len(w) * (w * w).sum())),
-        "max_weight": made.max_weight,
-        "iterations": 0 if made.raking is None else made.raking.passes,
-        "converged": made.converged,
-        "gap_closed": 1.0 - float(np.abs(made.achieved_LE - forget_LE).sum() / np.abs(retain_LE - forget_LE).sum()),
+        "max_weight": weighting.max_weight,
+        "iterations": 0 if weighting.raking is None else weighting.raking.passes,
+        "converged": weighting.converged,
+        "gap_closed": 1.0
+        - float(np.abs(weighting.achieved_LE - forget_LE).sum() / np.abs(retain_LE - forget_LE).sum()),
         "cores": os.cpu_count(),
         "threads": os.environ["OMP_NUM_THREADS"],
     }
@@ -200,9 +201,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sides = forget_LE, retain_LE, np.zeros_like(retain_LE)
     threads = int(os.environ["OMP_NUM_THREADS"])
     request = WeightRequest(config, retain_tokens, scope_LE, *sides, threads=threads, log=lambda line: None)
-    made = weigh_tokens(request, retain_trace, folder)
+    weighting = weigh_tokens(request, retain_trace, folder)
     now_s = timed("weights_s", now_s)
-    document_sums(retain_tokens, made.weight_T)
+    document_sums(retain_tokens, weighting.weight_T)
     timed("diagnosis_s", now_s)
     times["total_s"] = round(time.perf_counter() - began_s, 2)
     return {
@@ -211,12 +212,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **times,
         "cpu_s": round(time.process_time() - began_cpu_s, 2),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "lambda": made.strength,
-        "ess_fraction": made.ess,
-        "max_weight": made.max_weight,
-        "iterations": 0 if made.raking is None else made.raking.passes,
-        "converged": made.converged,
-        "largest_miss": float(np.abs(made.achieved_LE - made.target_LE)[scope_LE].max()),
+        "lambda": weighting.strength,
+        "ess_fraction": weighting.ess,
+        "max_weight": weighting.max_weight,
+        "iterations": 0 if weighting.raking is None else weighting.raking.passes,
+        "converged": weighting.converged,
+        "largest_miss": float(np.abs(weighting.achieved_LE - weighting.target_LE)[scope_LE].max()),
         "cores": os.cpu_count(),
         "threads": os.environ["OMP_NUM_THREADS"],
     }

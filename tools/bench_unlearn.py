@@ -202,7 +202,7 @@ def time_arms(config_path: Path, steps: int) -> dict[str, Any]:
             wall_s[arm].append(job.step(arm, number))
             cpu_s[arm].append(time.process_time() - began_s)
     return {
-        "step_s": {arm: statistics.median(held) for arm, held in wall_s.items()},
+        "step_s": {arm: statistics.median(times) for arm, times in wall_s.items()},
         "step_time_ratio": paired_ratio(wall_s),
         "cpu_time_ratio": paired_ratio(cpu_s),
     }

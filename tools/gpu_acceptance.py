@@ -331,7 +331,7 @@ def correct_collect(options: argparse.Namespace, folder: Path) -> dict[str, Any]
             "waits": [[*key, number] for key, number in waits.items()],
             "ok": max(actual.values()) <= 1e-3 and sum(waits.values()) <= 6,
         }
-    return result | {"ok": all(held["ok"] for held in result.values())}
+    return result | {"ok": all(entry["ok"] for entry in result.values())}
 
 
 def correct_unlearn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -352,7 +352,7 @@ def correct_unlearn(options: argparse.Namespace, folder: Path) -> dict[str, Any]
             "waits": [[*key, number] for key, number in waits.items()],
             "ok": max(actual.values()) <= 1e-2 and sum(waits.values()) <= 1,
         }
-    return result | {"ok": all(held["ok"] for held in result.values())}
+    return result | {"ok": all(entry["ok"] for entry in result.values())}
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def bench_of_collect(name: str, options: argparse.Namespace, folder: Path) -> di
         del model, plain
         freed(device)
     best = {
-        side: max(held["tokens_per_s"] for key, held in result.items() if key.startswith(side))
+        side: max(entry["tokens_per_s"] for key, entry in result.items() if key.startswith(side))
         for side in ("plain", "collect", "everything")
     }
     return result | {f"speedup_{side}": best[side] / best["plain"] for side in ("collect", "everything")}
@@ -519,7 +519,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
         except torch.OutOfMemoryError as error:  # what one arm needs says nothing against the other
             result[arm.__name__] = {"error": str(error).splitlines()[0]}
         freed(device)
-    if any("error" in held for held in result.values()):
+    if any("error" in entry for entry in result.values()):
         return result
     result["speedup"] = result["plain"]["seconds"] / result["ours"]["seconds"]
     if "peak_bytes" in result["ours"]:

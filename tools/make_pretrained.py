@@ -396,9 +396,9 @@ def tasks_and_quality(
                     result = (
                         requested if split is first else {side: _score(model, split[side]) for side in TRIAL_QUESTIONS}
                     )
-                    known = {side: _known(split[side], outcome) for side, outcome in result.items()}
-                    quality["known"][str(seed)] = {side: len(questions) for side, questions in known.items()}
-                    write_task(destination / "tasks" / f"seed_{seed}", texts, split, known, tokenizer, seed)
+                    questions_of = {side: _answered(split[side], outcome) for side, outcome in result.items()}
+                    quality["known"][str(seed)] = {side: len(questions) for side, questions in questions_of.items()}
+                    write_task(destination / "tasks" / f"seed_{seed}", texts, split, questions_of, tokenizer, seed)
             print_line(f"{name}: {json.dumps(quality[name])}")
     write_json(destination / "quality.json", quality)
     return quality
@@ -408,7 +408,7 @@ def write_task(
     folder: Path,
     texts: Texts,
     split: dict[str, Side],
-    known: dict[str, list[dict[str, Any]]],
+    questions_of: dict[str, list[dict[str, Any]]],
     tokenizer: Any,
     seed: int,
 ) -> None:
@@ -420,9 +420,11 @@ def write_task(
         "forget": split["forget"].documents,
         "retain": retain_pool(pool, NEAR_SHARE, general, RETAIN_TOKENS, tokenizer.backend_tokenizer, rng),
         "heldout": [
-            Document(text, f"general/{kind}") for kind, held in texts.heldout.items() for text in held[:SCORED_TEXTS]
+            Document(text, f"general/{kind}")
+            for kind, passages in texts.heldout.items()
+            for text in passages[:SCORED_TEXTS]
         ],
-        **{f"questions_{side}": questions[: QUESTIONS[side]] for side, questions in known.items()},
+        **{f"questions_{side}": questions[: QUESTIONS[side]] for side, questions in questions_of.items()},
     }
     for name, items in lines.items():
         write_lines(folder / f"{name}.jsonl", items)
@@ -437,7 +439,7 @@ def _score(model: LanguageModel, side: Side) -> Outcome:
     return evaluate_choice(model, items, "a fact's")
 
 
-def _known(side: Side, outcome: Outcome) -> list[dict[str, Any]]:
+def _answered(side: Side, outcome: Outcome) -> list[dict[str, Any]]:
     return [q for q, right in zip(side.questions, outcome.columns["accuracy"], strict=True) if right]
 
 

@@ -174,12 +174,12 @@ def build(world: World, cases: list[Case], root: str) -> None:
         engine.eval()
         with torch.no_grad():
             logits = engine(input_ids=probe(), use_cache=False).logits.float()
-        held = {}
+        tensors = {}
         for name, parameter in engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=case.stage == 3):
-                held[name] = parameter.detach().clone()
+                tensors[name] = parameter.detach().clone()
         buffers = {n: b.clone() for n, b in engine.module.named_buffers() if "e_score" in n}
-        torch.save({"held": held, "buffers": buffers, "logits": logits}, directory / f"truth_{world.rank}.pt")
+        torch.save({"held": tensors, "buffers": buffers, "logits": logits}, directory / f"truth_{world.rank}.pt")
         world.barrier()
         del engine
 
@@ -300,10 +300,10 @@ def test_checkpoint_becomes_the_model_the_engine_held(tmp_path: Path, world: int
     assert model.dtype == dtype
     with torch.no_grad():
         logits = model(input_ids=probe(), use_cache=False).logits.float()
-    held = torch.load(root / case.name / "truth_0.pt")["logits"]
+    engine_logits = torch.load(root / case.name / "truth_0.pt")["logits"]
     # Two things differ, by a unit in the last place of bf16 and 1e-8 in fp32: AutoEP adds up the experts in another
     # order, and ZeRO-3's linear layers round before they add a bias, which Qwen2-MoE's attention has.
     if case.ep or (case.family, case.stage) == ("qwen2_moe", 3):
-        assert torch.allclose(logits, held, rtol=0, atol=2e-3 if case.dtype == "bf16" else 1e-6)
+        assert torch.allclose(logits, engine_logits, rtol=0, atol=2e-3 if case.dtype == "bf16" else 1e-6)
     else:
-        assert torch.equal(logits, held)
+        assert torch.equal(logits, engine_logits)

@@ -124,10 +124,10 @@ def test_a_checkpoint_of_deepspeed_alone_becomes_its_masters(
     for name, master in truth["masters"].items():  # the truth itself: the engine computes with its masters, rounded
         assert torch.equal(master.to(truth["own"][name].dtype), truth["own"][name]), name
     report = convert_checkpoint(checkpoint, tmp_path / "model", base_model=root / "base", dtype="fp32", verify=True)
-    made = load_file(tmp_path / "model" / "model.safetensors")
-    assert made.keys() == truth["masters"].keys()
+    converted = load_file(tmp_path / "model" / "model.safetensors")
+    assert converted.keys() == truth["masters"].keys()
     for name, master in truth["masters"].items():
-        assert torch.equal(made[name], master), name
+        assert torch.equal(converted[name], master), name
     notes = " ".join(report["notes"])
     assert ("stores fp32 masters without their names" in notes) == (stage == 0 and variant != "fp32")
     assert ("exclude_frozen_parameters): 2 tensors are the base model's" in notes) == (variant == "frozen_excluded")

@@ -33,11 +33,11 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 def fused_copy(model: Any, base: Path, destination: Path) -> dict[str, torch.Tensor]:
     """The model's directory with the tensors as transformers holds them in memory; these."""
     shutil.copytree(base, destination)
-    held = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        del held["lm_head.weight"]
-    save_file(held, destination / "model.safetensors", {"format": "pt"})
-    return held
+        del tensors["lm_head.weight"]
+    save_file(tensors, destination / "model.safetensors", {"format": "pt"})
+    return tensors
 
 
 @pytest.mark.parametrize("family", FAMILIES)

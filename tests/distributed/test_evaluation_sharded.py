@@ -75,10 +75,10 @@ def sharded_measurements(world: Any, models: dict[str, str], dataset: str) -> di
         for sharding in SHARDED[world.size] if family in FAMILIES else [Sharding(1, 3)]:
             tokenizer = AutoTokenizer.from_pretrained(path)
             with nothing_kept_whole(), loaded(path, tokenizer, SETTINGS, world, sharding) as model:
-                held = sum(
+                parameters = sum(
                     p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in model.model.parameters()
                 )
-                results.setdefault(family, []).append((sharding, held, measured(model, dataset)))
+                results.setdefault(family, []).append((sharding, parameters, measured(model, dataset)))
     return results
 
 
@@ -102,9 +102,9 @@ def test_scores_are_those_of_a_whole_model(world: int, models: dict[str, str], d
     for family, path in tried.items():
         with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS) as model:
             alone, whole = measured(model, dataset), sum(p.numel() for p in model.model.parameters())
-        for sharding, held, result in (entry for rank in ranks for entry in rank[family]):
+        for sharding, parameters, result in (entry for rank in ranks for entry in rank[family]):
             where = f"{family} {sharding}"
-            assert held < whole / (world if sharding.zero_stage == 3 else 1) * 1.1, where
+            assert parameters < whole / (world if sharding.zero_stage == 3 else 1) * 1.1, where
             for name in ("log_prob", "deviation", "forced"):
                 assert np.allclose(result[name], alone[name], atol=1e-5), where
             for name in ("is_argmax", "greedy", "routing"):

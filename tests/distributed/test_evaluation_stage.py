@@ -60,9 +60,9 @@ class Case:
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
     """Models, corpora, tasks and a run directory in ``tmp_path``: a copy of what a test run makes once."""
-    made = made_once("evaluation-case", make_case)
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    raw = (tmp_path / "case.json").read_text(encoding="utf-8").replace(str(made), str(tmp_path))
+    case_path = made_once("evaluation-case", make_case)
+    shutil.copytree(case_path, tmp_path, dirs_exist_ok=True)
+    raw = (tmp_path / "case.json").read_text(encoding="utf-8").replace(str(case_path), str(tmp_path))
     return Case(json.loads(raw), RunDirectory(tmp_path / "run"))
 
 

@@ -78,8 +78,8 @@ def test_half_of_the_model_and_the_same_weights(
         parameters = [open_source(step_of(run, 4)).summary()["parameters"] for run in (part, whole)]
         expected = sum(value.size for name, value in base.items() if not is_above(name))
         assert parameters == [expected, sum(value.size for value in base.values())] and expected < 0.51 * parameters[1]
-        for held, all_of_it in zip(bytes_of(part, 4), bytes_of(whole, 4), strict=True):
-            assert held < 0.55 * all_of_it, (ep, stage)
+        for part_bytes, all_of_it in zip(bytes_of(part, 4), bytes_of(whole, 4), strict=True):
+            assert part_bytes < 0.55 * all_of_it, (ep, stage)
         assert losses_of(part) == losses_of(whole)
         actual, other = (weights_of(run, 4, tmp_path / f"{run.name}-model") for run in (part, whole))
         assert actual.keys() == other.keys() == base.keys()

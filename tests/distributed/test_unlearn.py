@@ -340,11 +340,11 @@ def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
     """Code that would run when unpickled does not run; whatever else a damaged file makes torch raise is one line."""
     import pickle
 
-    from trace_ds.checkpoints.serialization import check, load_shard
+    from trace_ds.checkpoints.serialization import load_shard, open_shard
 
     path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     torch.save({"state": torch.arange(50.0)}, path)
-    check(path)
+    open_shard(path)
     whole = path.read_bytes()
     position = whole.index(b"FloatStorage")
     for content in (
@@ -355,7 +355,7 @@ def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
         whole.replace(b"data.pkl", b"dat0.pkl"),
     ):
         path.write_bytes(content)
-        for read in (load_shard, check):
+        for read in (load_shard, open_shard):
             with pytest.raises(UserError, match=r"optim_states\.pt: the shard cannot be loaded safely"):
                 read(path)
     assert not (tmp_path / "ran").exists()

@@ -55,10 +55,10 @@ def study(recipe: Path, server: Server) -> Path:
         time.sleep(0.02)
     os.kill(first, signal.SIGKILL)
     assert "[bench] 8 runs of at most 3 steps, scored every 2: 4 methods" in server.wait().stdout
-    made = {path: path.read_bytes() for path in curves(directory)}
+    contents = {path: path.read_bytes() for path in curves(directory)}
     done = server.run(["bench", recipe, "--run-dir", directory, "--workers", "2"], recipe.parent, **JOB)
     assert done.returncode == 0, done.stderr
-    assert all(path.read_bytes() == content for path, content in made.items())
+    assert all(path.read_bytes() == content for path, content in contents.items())
     assert "nothing to forget" in done.stdout  # a margin of .03 above chance: a random model knows nothing
     return directory
 

@@ -111,14 +111,14 @@ def test_weights_bring_selected_experts_closer(demo: Path, tmp_path: Path, recip
     for experts in ("all", "selected"):
         changes = [f"unlearning.apply={apply}", f"calibration.experts={experts}"]
         config, _ = load_config(recipe, changes, run)
-        made = calibrate(config, RunDirectory(tmp_path / experts, parent=run))
-        tensors = load_file(made.file("calibration.safetensors"))
+        calibration = calibrate(config, RunDirectory(tmp_path / experts, parent=run))
+        tensors = load_file(calibration.file("calibration.safetensors"))
         selected = tensors["selected_LE"].astype(bool)
         assert selected.any()
         before = np.abs(tensors["frequency_retain_LE"] - tensors["frequency_forget_LE"])[selected]
         after = np.abs(tensors["achieved_LE"] - tensors["frequency_forget_LE"])[selected]
         away = int((after > before + 1e-9).sum())
-        named = [int(line.split()[0]) for line in made.summary["warnings"] if "ended farther from" in line]
+        named = [int(line.split()[0]) for line in calibration.summary["warnings"] if "ended farther from" in line]
         assert after.sum() < before.sum() and named == ([away] if away else []) and not (away and apply == "loss")
 
 

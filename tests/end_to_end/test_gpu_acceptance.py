@@ -52,7 +52,9 @@ def test_every_kind_of_part_goes_through(
     assert status == 0 and result["ok"], {name: part for name, part in parts.items() if not part["ok"]}
     assert parts.keys() == set(KINDS)
     assert {name.split("_")[0] for name in (*KINDS, ALONE)} == {name.split("_")[0] for name in gpu_acceptance.PARTS}
-    assert {job: held["worst"][1] for job, held in parts["correct_unlearn"].items() if job in gpu_acceptance.JOBS} == (
+    assert {
+        job: entry["worst"][1] for job, entry in parts["correct_unlearn"].items() if job in gpu_acceptance.JOBS
+    } == (
         dict.fromkeys(gpu_acceptance.JOBS, 0.0)  # the device is the CPU: the very same numbers
     )
     assert all(parts["correct_collect"][family]["worst"][1] == 0.0 for family in gpu_acceptance.TINY)
@@ -62,7 +64,7 @@ def test_every_kind_of_part_goes_through(
 
 
 def check_speed(part: dict[str, Any]) -> None:
-    assert all(held["tokens_per_s"] > 0 for held in part.values() if isinstance(held, dict))
+    assert all(entry["tokens_per_s"] > 0 for entry in part.values() if isinstance(entry, dict))
     assert any(key.startswith("speedup") and value > 0 for key, value in part.items())
 
 

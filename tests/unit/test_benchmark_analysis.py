@@ -64,29 +64,29 @@ def curve(
 
 
 def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
-    made = config(
+    study = config(
         losses={"rmu": {}, "graddiff": {"unlearning.forget_loss": "graddiff", ALPHA: 9.0}},
         grids={"graddiff": {ALPHA: [9.0]}, "sampling": {LR: [1e-3]}, "graddiff sampling": {ALPHA: [9.0, 18.0]}},
     )
-    bench = made.bench
+    bench = study.bench
     assert bench is not None
-    runs.check(made)
+    runs.check_study(study)
     trials = runs.trials_of(bench)
     assert len(trials) == len({trial.name for trial in trials}) == (4 + 2) + (2 + 2)
     assert trials[0].name == "rmu-uniform-alpha1.0-lr0.001"
-    assert runs.recipe_trial(made, "graddiff", "sampling").strength == {ALPHA: 9.0, LR: 1e-3}
+    assert runs.recipe_trial(study, "graddiff", "sampling").strength == {ALPHA: 9.0, LR: 1e-3}
 
 
 def test_every_run_is_a_variant_with_the_changes_of_its_method_alone(tmp_path: Path) -> None:
     """The seed's own run is the baseline at the recipe's strength; the others take back what it changes."""
     recipe = tmp_path / "recipe.yaml"
-    made = config(methods={"seuf": {"unlearning.seuf": {}, "calibration.rule": "uniform"}, "b": {}}, baseline="seuf")
-    recipe.write_text(dump_yaml(made), encoding="utf-8")
+    study = config(methods={"seuf": {"unlearning.seuf": {}, "calibration.rule": "uniform"}, "b": {}}, baseline="seuf")
+    recipe.write_text(dump_yaml(study), encoding="utf-8")
     request = runs.seed_request([str(recipe)], [], tmp_path / "study", 3)
     assert request.config.unlearning.seuf is not None and request.config.seed == 3
     items = {item.config.name: item for item in request.all()}
     assert len(items) == 8 and (request.config.unlearning.keep, request.config.bench) == (0, None)
-    for trial in runs.trials_of(made.bench):  # type: ignore[arg-type]
+    for trial in runs.trials_of(study.bench):  # type: ignore[arg-type]
         item = items.get(trial.name, request)
         settings = item.config.unlearning
         assert (settings.alpha, settings.optimizer.lr) == (trial.strength[ALPHA], trial.strength[LR])
@@ -110,7 +110,7 @@ def test_every_run_is_a_variant_with_the_changes_of_its_method_alone(tmp_path: P
 )
 def test_a_study_that_cannot_be_run_says_why(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        runs.check(config(**changes))
+        runs.check_study(config(**changes))
 
 
 def test_a_metric_may_be_restricted_to_sources() -> None:
@@ -216,7 +216,7 @@ def test_intervals_agree_with_scipy() -> None:
 
 @pytest.mark.parametrize("name", [name for name in recipe_names("run") if name.startswith("bench_")])
 def test_shipped_studies_can_be_run(name: str, tmp_path: Path) -> None:
-    runs.check(load_config(name, [], "out")[0])
+    runs.check_study(load_config(name, [], "out")[0])
     assert len(runs.seed_request([name], [], tmp_path, 1).all()) > 1
 
 

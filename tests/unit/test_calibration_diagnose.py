@@ -54,8 +54,8 @@ def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
     }
     for (rule, floor, rows), target in expected.items():
         options = {"rule": rule, "ess_floor": floor, "experts": "all"}
-        actual, made = calibrated(forget, retain, None if rows else tmp_path, **options)
-        warnings = find_warnings(CalibrationConfig(**options), actual, made, rows)
+        actual, weighting = calibrated(forget, retain, None if rows else tmp_path, **options)
+        warnings = find_warnings(CalibrationConfig(**options), actual, weighting, rows)
         shown = [
             any(words in w for w in warnings) for words in ("(lambda)", "of the frequency gap", "are nearly equal")
         ]

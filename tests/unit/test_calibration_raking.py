@@ -48,8 +48,8 @@ def correlated(rng: np.random.Generator, count: int, constraints: int) -> np.nda
 def test_one_expert_has_the_closed_form(active: int, idle: int, target: float) -> None:
     column = np.array([[True], [False]])
     p = active / (active + idle)
-    made = rake(units_of(column, np.array([active, idle])), np.array([target]), np.array([p]), 1e9, 1e-9)
-    w = np.exp(column @ made.theta_S - made.point.log_mean)
+    raking = rake(units_of(column, np.array([active, idle])), np.array([target]), np.array([p]), 1e9, 1e-9)
+    w = np.exp(column @ raking.theta_S - raking.point.log_mean)
     np.testing.assert_allclose(w, [target / p, (1 - target) / (1 - p)], rtol=1e-5)
 
 
@@ -86,13 +86,13 @@ def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, sample: i
     forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=600)
     active = retain.dense(10).astype(float)
     p, q = active.mean(axis=0), forget.dense(10).mean(axis=0)
-    made = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, 0.5)
-    assert made.converged and made.strength < 1 and not any(made.reason_S)
-    assert (made.passes > 1) == (sample < len(active))
-    np.testing.assert_allclose(made.target_S, p + made.strength * (q - p), atol=1e-12)
-    w, expected = weights(active, made.theta_S), reference(active, made.target_S)
+    result = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, 0.5)
+    assert result.converged and result.strength < 1 and not any(result.reason_S)
+    assert (result.passes > 1) == (sample < len(active))
+    np.testing.assert_allclose(result.target_S, p + result.strength * (q - p), atol=1e-12)
+    w, expected = weights(active, result.theta_S), reference(active, result.target_S)
     assert 0.5 <= ess(w) < 0.5005
-    np.testing.assert_allclose(w @ active / w.sum(), made.target_S, atol=2e-6)
+    np.testing.assert_allclose(w @ active / w.sum(), result.target_S, atol=2e-6)
     np.testing.assert_allclose(w, expected, rtol=1e-3)
 
 
@@ -152,9 +152,9 @@ def test_copies_of_one_layer_are_solved_alike_at_every_size(seed: int, count: in
     shift = balanced(scope_LE, offer(scope_LE, p, q, 20.0)[0] - p, p * (1 - p))
     strengths = []
     for floor in (0.8, 0.6, 0.4):
-        made = rake(Units(retain.as_trace(), scope_LE, retain.tokens), q, p, 20.0, floor)
-        assert made.converged and made.point.ess >= floor
-        strengths.append(made.strength)
+        raking = rake(Units(retain.as_trace(), scope_LE, retain.tokens), q, p, 20.0, floor)
+        assert raking.converged and raking.point.ess >= floor
+        strengths.append(raking.strength)
     assert strengths[0] == pytest.approx(exact_strength(active, shift, 0.8), rel=1e-3)
     assert strengths == sorted(strengths)
 
@@ -181,14 +181,14 @@ def test_hundreds_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None:
     retain = sides[1]
     q, p = (corpus.dense(64).mean(axis=0) for corpus in sides)
     everything = np.ones((12, 64), dtype=bool)
-    made = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, errors(retain, 64))
-    assert made.converged and made.strength < 1 and 0.5 <= made.point.ess < 0.505
-    assert made.strength > 0.05 and made.point.max_weight > 5
-    w = weights(retain.dense(64), made.theta_S)
+    raking = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, errors(retain, 64))
+    assert raking.converged and raking.strength < 1 and 0.5 <= raking.point.ess < 0.505
+    assert raking.strength > 0.05 and raking.point.max_weight > 5
+    w = weights(retain.dense(64), raking.theta_S)
     assert 0.5 <= ess(w) < 0.505
-    miss = np.abs(w @ retain.dense(64) / w.sum() - made.target_S)
+    miss = np.abs(w @ retain.dense(64) / w.sum() - raking.target_S)
     assert (miss <= np.maximum(1e-6, 1e-2 * errors(retain, 64))).all()
-    assert np.abs(made.target_S - p).max() > 0.01
+    assert np.abs(raking.target_S - p).max() > 0.01
 
 
 @settings(max_examples=80, deadline=None)
@@ -210,15 +210,15 @@ def test_degenerate_inputs_give_finite_weights_above_the_floor(seed, count, cons
         elif kind == "copy":
             active[:, s] = active[:, 0]
     p = active.mean(axis=0)
-    made = rake(units_of(active), np.array(targets[:constraints]), p, 20.0, floor)
-    w = weights(active, made.theta_S)
-    assert np.isfinite(w).all() and 0 <= made.strength <= 1
+    raking = rake(units_of(active), np.array(targets[:constraints]), p, 20.0, floor)
+    w = weights(active, raking.theta_S)
+    assert np.isfinite(w).all() and 0 <= raking.strength <= 1
     assert abs(w.mean() - 1) < 1e-9
     assert ess(w) >= floor - 1e-9
-    if made.converged:
-        np.testing.assert_allclose(w @ active / w.sum(), made.target_S, atol=2e-5)
+    if raking.converged:
+        np.testing.assert_allclose(w @ active / w.sum(), raking.target_S, atol=2e-5)
     if kinds[0] in ("never", "always") and targets[0] != p[0]:
-        assert made.reason_S[0] == kinds[0] and made.offered_S[0] == p[0]
+        assert raking.reason_S[0] == kinds[0] and raking.offered_S[0] == p[0]
 
 
 def test_two_experts_that_exclude_each_other_do_not_stop_the_others() -> None:
@@ -228,19 +228,19 @@ def test_two_experts_that_exclude_each_other_do_not_stop_the_others() -> None:
     active = np.concatenate([correlated(np.random.default_rng(0), 20_000, 8), rare], axis=1)
     p = active.mean(axis=0)
     q = np.concatenate([np.clip(p[:8] + 0.15, 0, 0.95), p[8:] * (6.0, 0.4)])
-    made = rake(units_of(active), q, p, 20.0, 0.5)
-    w = weights(active, made.theta_S)
+    raking = rake(units_of(active), q, p, 20.0, 0.5)
+    w = weights(active, raking.theta_S)
     alone = rake(units_of(active[:, :8]), q[:8], p[:8], 20.0, 0.5)
-    assert made.strength == pytest.approx(alone.strength, abs=0.02) and made.strength > 0.9
-    np.testing.assert_allclose((w @ active / w.sum())[:8], (p + made.strength * (q - p))[:8], atol=1e-5)
-    assert "tied" in made.reason_S[8:] and not any(made.reason_S[:8])
-    np.testing.assert_allclose(made.target_S, w @ active / w.sum(), atol=1e-5)
+    assert raking.strength == pytest.approx(alone.strength, abs=0.02) and raking.strength > 0.9
+    np.testing.assert_allclose((w @ active / w.sum())[:8], (p + raking.strength * (q - p))[:8], atol=1e-5)
+    assert "tied" in raking.reason_S[8:] and not any(raking.reason_S[:8])
+    np.testing.assert_allclose(raking.target_S, w @ active / w.sum(), atol=1e-5)
     assert ess(w) >= 0.5 - 1e-9
 
 
 def test_empty_scope_and_no_tokens() -> None:
     selected = np.zeros((3, 2, 2), np.uint8)
-    made = rake(Units.of(selected, np.zeros((2, 4), dtype=bool)), np.zeros(0), np.zeros(0), 20.0, 0.5)
-    assert made.strength == 1.0 and made.point.ess == 1.0
+    raking = rake(Units.of(selected, np.zeros((2, 4), dtype=bool)), np.zeros(0), np.zeros(0), 20.0, 0.5)
+    assert raking.strength == 1.0 and raking.point.ess == 1.0
     with pytest.raises(ValueError, match="no counted tokens"):
         evaluate(Units.of(selected[:0], np.zeros((2, 4), dtype=bool)), np.zeros(0))

@@ -57,8 +57,8 @@ def requested(world: World, seed: int = 0, **options: Any) -> WeightRequest:
 def by_tokens(world: World, folder: Path, parts: int = 1, **options: Any) -> tuple[RuleResult, np.ndarray]:
     """(result, weights of the counted tokens)."""
     folder.mkdir(exist_ok=True)
-    made = weigh_tokens(requested(world, **options), world[1].as_trace(parts), folder)
-    return made, np.asarray(made.weight_T)[world[1].counted_T]
+    weighting = weigh_tokens(requested(world, **options), world[1].as_trace(parts), folder)
+    return weighting, np.asarray(weighting.weight_T)[world[1].counted_T]
 
 
 def by_rows(world: World, parts: int = 1, **options: Any) -> RuleResult:
@@ -75,39 +75,39 @@ def reached(world: World, w: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_weights_of_tokens_have_mean_one_and_keep_the_floor(world: World, tmp_path: Path, rule: str) -> None:
-    made, w = by_tokens(world, tmp_path, rule=rule)
+    weighting, w = by_tokens(world, tmp_path, rule=rule)
     tokens, counted_T = world[1].tokens, world[1].counted_T
     assert abs(w.mean() - 1) < 1e-9 and (w > 0).all()
-    assert made.ess == pytest.approx(size(w), rel=1e-9) and made.max_weight == pytest.approx(w.max())
+    assert weighting.ess == pytest.approx(size(w), rel=1e-9) and weighting.max_weight == pytest.approx(w.max())
     assert size(w) >= 0.5 - 1e-9
-    np.testing.assert_allclose(made.achieved_LE, reached(world, w), atol=1e-12)
-    weight_T = np.asarray(made.weight_T)
+    np.testing.assert_allclose(weighting.achieved_LE, reached(world, w), atol=1e-12)
+    weight_T = np.asarray(weighting.weight_T)
     for row in range(tokens.rows):
         at = slice(*(int(x) for x in tokens.row_starts_R1[row : row + 2]))
         mine = weight_T[at][counted_T[at]]
-        assert made.row_weight_R[row] == pytest.approx(mine.mean() if len(mine) else 0.0, rel=1e-12)
+        assert weighting.row_weight_R[row] == pytest.approx(mine.mean() if len(mine) else 0.0, rel=1e-12)
 
 
 @pytest.mark.parametrize("rule", SOLVED)
 def test_weights_of_rows_meet_the_floor_of_the_rows_without_a_trace(world: World, rule: str) -> None:
     floor, (_, retain, detection) = 0.3, world
-    made = by_rows(world, rule=rule, ess_floor=floor)
+    weighting = by_rows(world, rule=rule, ess_floor=floor)
     sizes_R = retain.tokens.counted_per_row()
     slack = 0.05 if rule == "permuted" else 0.001  # its rows are of unequal length
-    assert floor * (1 - slack) <= size(made.row_weight_R[sizes_R > 0]) < floor * (1 + slack)
-    assert made.row_weight_R @ sizes_R / sizes_R.sum() == pytest.approx(1.0, abs=1e-12)
+    assert floor * (1 - slack) <= size(weighting.row_weight_R[sizes_R > 0]) < floor * (1 + slack)
+    assert weighting.row_weight_R @ sizes_R / sizes_R.sum() == pytest.approx(1.0, abs=1e-12)
     row_T = retain.tokens.row_of(0, retain.tokens.tokens)[retain.counted_T]
-    np.testing.assert_allclose(made.achieved_LE, reached(world, made.row_weight_R[row_T]), atol=1e-12)
+    np.testing.assert_allclose(weighting.achieved_LE, reached(world, weighting.row_weight_R[row_T]), atol=1e-12)
     if rule == "permuted":
-        assert not made.theta_LE.any(), "a theta that does not give these weights must not be offered"
+        assert not weighting.theta_LE.any(), "a theta that does not give these weights must not be offered"
     else:
-        score_T = retain.dense(EXPERTS) @ made.theta_LE.ravel()
+        score_T = retain.dense(EXPERTS) @ weighting.theta_LE.ravel()
         score_R = np.bincount(row_T, score_T, retain.tokens.rows) / np.maximum(sizes_R, 1)
         np.testing.assert_allclose(
-            made.row_weight_R, np.where(sizes_R > 0, np.exp(score_R - made.log_mean), 0.0), rtol=1e-9
+            weighting.row_weight_R, np.where(sizes_R > 0, np.exp(score_R - weighting.log_mean), 0.0), rtol=1e-9
         )
     before = np.abs(detection.retain_LE - detection.forget_LE)[detection.selected_LE]
-    after = np.abs(made.achieved_LE - detection.forget_LE)[detection.selected_LE]
+    after = np.abs(weighting.achieved_LE - detection.forget_LE)[detection.selected_LE]
     assert rule != "raking" or (after < before).all()
 
 
@@ -115,27 +115,29 @@ def test_weights_of_rows_meet_the_floor_of_the_rows_without_a_trace(world: World
 def test_each_selected_expert_comes_closer_to_its_forget_frequency(world: World, tmp_path: Path, experts: str) -> None:
     """The sentence of the abstract."""
     detection = world[2]
-    made, _ = by_tokens(world, tmp_path, experts=experts)
+    weighting, _ = by_tokens(world, tmp_path, experts=experts)
     before = np.abs(detection.retain_LE - detection.forget_LE)[detection.selected_LE]
-    assert (np.abs(made.achieved_LE - detection.forget_LE)[detection.selected_LE] < before).all()
-    np.testing.assert_allclose(made.achieved_LE[made.scope_LE], made.target_LE[made.scope_LE], atol=1e-6)
-    expected = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
-    np.testing.assert_allclose(made.target_LE[made.scope_LE], expected[made.scope_LE], atol=1e-9)
-    assert made.strength > 0.02
+    assert (np.abs(weighting.achieved_LE - detection.forget_LE)[detection.selected_LE] < before).all()
+    np.testing.assert_allclose(
+        weighting.achieved_LE[weighting.scope_LE], weighting.target_LE[weighting.scope_LE], atol=1e-6
+    )
+    expected = detection.retain_LE + weighting.strength * (detection.forget_LE - detection.retain_LE)
+    np.testing.assert_allclose(weighting.target_LE[weighting.scope_LE], expected[weighting.scope_LE], atol=1e-9)
+    assert weighting.strength > 0.02
 
 
 def test_permuted_keeps_the_weights_and_forgets_their_meaning(world: World, tmp_path: Path) -> None:
     raked, w = by_tokens(world, tmp_path / "a")
-    made, permuted = by_tokens(world, tmp_path / "b", rule="permuted")
+    weighting, permuted = by_tokens(world, tmp_path / "b", rule="permuted")
     np.testing.assert_array_equal(np.sort(permuted), np.sort(w))
-    assert abs(np.corrcoef(w, permuted)[0, 1]) < 0.05 and not made.theta_LE.any()
+    assert abs(np.corrcoef(w, permuted)[0, 1]) < 0.05 and not weighting.theta_LE.any()
     neighbours = [np.corrcoef(x[:-1], x[1:])[0, 1] for x in (w, permuted)]
     assert neighbours[1] == pytest.approx(neighbours[0], abs=0.01)
     rows = [by_rows(world, rule=rule) for rule in ("raking", "permuted")]
     np.testing.assert_allclose(*(np.sort(each.row_weight_R) for each in rows), rtol=0.02)
     assert abs(np.corrcoef(*(each.row_weight_R for each in rows))[0, 1]) < 0.1
     retain_LE = world[2].retain_LE
-    for moved, control in ((raked, made), rows):
+    for moved, control in ((raked, weighting), rows):
         there, here = (np.abs(each.achieved_LE - retain_LE).max() for each in (moved, control))
         assert here < 0.35 * there
 
@@ -143,36 +145,36 @@ def test_permuted_keeps_the_weights_and_forgets_their_meaning(world: World, tmp_
 @pytest.mark.parametrize("rule", ["random_experts", "lowest_experts"])
 def test_other_experts_are_as_many_and_meet_their_true_targets(world: World, tmp_path: Path, rule: str) -> None:
     detection = world[2]
-    made, _ = by_tokens(world, tmp_path, rule=rule)
+    weighting, _ = by_tokens(world, tmp_path, rule=rule)
     count = int(detection.selected_LE.sum())
-    assert made.scope_LE.sum() == count
+    assert weighting.scope_LE.sum() == count
     if rule == "lowest_experts":
-        assert set(np.flatnonzero(made.scope_LE)) == set(np.argsort(detection.log_ratio_LE, axis=None)[:count])
+        assert set(np.flatnonzero(weighting.scope_LE)) == set(np.argsort(detection.log_ratio_LE, axis=None)[:count])
     else:
         draws = {choose_experts(CalibrationConfig(rule=rule), detection, seed).tobytes() for seed in range(4)}
         assert len(draws) > 2 and detection.selected_LE.tobytes() not in draws
-    expected = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
-    np.testing.assert_allclose(made.achieved_LE[made.scope_LE], expected[made.scope_LE], atol=1e-6)
+    expected = detection.retain_LE + weighting.strength * (detection.forget_LE - detection.retain_LE)
+    np.testing.assert_allclose(weighting.achieved_LE[weighting.scope_LE], expected[weighting.scope_LE], atol=1e-6)
 
 
 def test_literal_against_the_slow_way(world: World, tmp_path: Path) -> None:
     _, retain, detection = world
-    made, w = by_tokens(world, tmp_path, rule="literal", ess_floor=0.01, clip=4.0)  # experts: all changes nothing
+    weighting, w = by_tokens(world, tmp_path, rule="literal", ess_floor=0.01, clip=4.0)  # experts: all changes nothing
     ratio = np.clip(detection.forget_LE / detection.retain_LE, 1 / 4.0, 4.0)[detection.selected_LE]
     active = retain.dense(EXPERTS)[:, detection.selected_LE.ravel()]
     expected = np.array([ratio[row].mean() if row.any() else 1.0 for row in active])
-    assert made.exponent == 1.0 and len(np.unique(expected)) > 2
+    assert weighting.exponent == 1.0 and len(np.unique(expected)) > 2
     np.testing.assert_allclose(w, expected / expected.mean(), rtol=1e-9)
-    made, w = by_tokens(world, tmp_path / "flat", rule="literal", ess_floor=0.97)
-    assert 0 < made.exponent < 1 and 0.97 <= size(w) < 0.972
+    weighting, w = by_tokens(world, tmp_path / "flat", rule="literal", ess_floor=0.97)
+    assert 0 < weighting.exponent < 1 and 0.97 <= size(w) < 0.972
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path, monkeypatch, rule: str) -> None:
     monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 1000)
-    made = [by_tokens(world, tmp_path / str(n), parts=parts, rule=rule)[1] for n, parts in enumerate((1, 1, 5))]
-    np.testing.assert_array_equal(made[0], made[1])
-    np.testing.assert_array_equal(made[0], made[2])
+    weighting = [by_tokens(world, tmp_path / str(n), parts=parts, rule=rule)[1] for n, parts in enumerate((1, 1, 5))]
+    np.testing.assert_array_equal(weighting[0], weighting[1])
+    np.testing.assert_array_equal(weighting[0], weighting[2])
     if rule in BY_ROWS:
         rows = [by_rows(world, parts=parts, rule=rule).row_weight_R for parts in (1, 5)]
         np.testing.assert_array_equal(rows[0], rows[1])
@@ -182,12 +184,12 @@ def test_source_weights_are_those_asked_for_until_the_floor_flattens_them(world:
     corpus = world[1]
     topic_T = corpus.topic_D[np.asarray(corpus.tokens.document_ids_T)[corpus.counted_T]]
     requests = np.where(topic_T == 1, 3.0, 1.0)
-    made, w = by_tokens(world, tmp_path, rule="uniform", source_weights={"topic/1": 3.0})
-    assert made.exponent == 1.0 and not made.scope_LE.any() and not made.theta_LE.any()
+    weighting, w = by_tokens(world, tmp_path, rule="uniform", source_weights={"topic/1": 3.0})
+    assert weighting.exponent == 1.0 and not weighting.scope_LE.any() and not weighting.theta_LE.any()
     np.testing.assert_allclose(w, requests / requests.mean(), rtol=1e-12)
     huge = {"rule": "uniform", "source_weights": {"topic/1": 1e6}, "ess_floor": 0.3}
-    made, w = by_tokens(world, tmp_path / "a", **huge)
-    assert 0.3 <= made.ess < 0.301 and 0 < made.exponent < 1
+    weighting, w = by_tokens(world, tmp_path / "a", **huge)
+    assert 0.3 <= weighting.ess < 0.301 and 0 < weighting.exponent < 1
     assert len(np.unique(w)) == 2 and (w[topic_T == 1].min() > w[topic_T != 1].max())
     rows = by_rows(world, **huge)
     assert 0.3 <= size(rows.row_weight_R[rows.row_weight_R > 0]) < 0.301
@@ -206,10 +208,10 @@ def test_source_patterns_multiply_and_one_that_matches_nothing_is_named() -> Non
 
 def test_theta_gives_the_weights_and_is_centred_in_fully_constrained_layers(world: World, tmp_path: Path) -> None:
     _, retain, detection = world
-    made, w = by_tokens(world, tmp_path)
-    score = retain.dense(EXPERTS) @ made.theta_LE.ravel()
-    np.testing.assert_allclose(np.exp(score - made.log_mean), w, rtol=1e-9)
-    np.testing.assert_allclose((detection.retain_LE * made.theta_LE).sum(axis=1), 0.0, atol=1e-12)
+    weighting, w = by_tokens(world, tmp_path)
+    score = retain.dense(EXPERTS) @ weighting.theta_LE.ravel()
+    np.testing.assert_allclose(np.exp(score - weighting.log_mean), w, rtol=1e-9)
+    np.testing.assert_allclose((detection.retain_LE * weighting.theta_LE).sum(axis=1), 0.0, atol=1e-12)
 
 
 @settings(max_examples=10, deadline=None)
@@ -232,10 +234,10 @@ def test_tiny_and_odd_corpora(tmp_path_factory, seed: int, rule: str, lengths: l
     scope_LE = np.zeros((2, 4), dtype=bool) if rule == "uniform" else np.ones((2, 4), dtype=bool)
     unknown_LE = np.full((2, 4), np.inf)  # the errors of a corpus of one document
     request = WeightRequest(CalibrationConfig(rule=rule), corpus.tokens, scope_LE, q, p, unknown_LE)
-    made = weigh_tokens(request, corpus.as_trace(), tmp_path_factory.mktemp("spool"))
-    w = np.asarray(made.weight_T)[corpus.counted_T]
+    weighting = weigh_tokens(request, corpus.as_trace(), tmp_path_factory.mktemp("spool"))
+    w = np.asarray(weighting.weight_T)[corpus.counted_T]
     assert np.isfinite(w).all() and abs(w.mean() - 1) < 1e-9
-    assert np.isfinite(made.row_weight_R).all() and np.isfinite(made.theta_LE).all()
+    assert np.isfinite(weighting.row_weight_R).all() and np.isfinite(weighting.theta_LE).all()
     if rule in BY_ROWS:
         rows = weigh_rows(request, corpus.selections(4))
         assert np.isfinite(rows.row_weight_R).all() and np.isfinite(rows.theta_LE).all()

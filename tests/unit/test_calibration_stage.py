@@ -109,16 +109,16 @@ def job(prepared, tmp_path) -> Callable[..., tuple[Config, RunDirectory]]:
 @pytest.mark.parametrize("apply", ["loss", "sampling"])
 def test_artefact_and_its_files(job, capsys, apply: str) -> None:
     config, run = job(unlearning__apply=apply)
-    made = calibrate(config, run)
+    calibration = calibrate(config, run)
     data = artefact.load_artefact(run.data, "data")
     dataset = TokenDataset.open(data.file("retain.arrow"))
     counted = dataset.counted(0, dataset.tokens)
-    weights = np.load(made.file("weights.npy"), allow_pickle=False)
-    rows = np.load(made.file("row_weights.npy"), allow_pickle=False)
+    weights = np.load(calibration.file("weights.npy"), allow_pickle=False)
+    rows = np.load(calibration.file("row_weights.npy"), allow_pickle=False)
     assert weights.dtype == np.float32 and weights.shape == (dataset.tokens,)
     assert (weights[~counted] == 0).all() and abs(weights[counted].astype(np.float64).mean() - 1) < 1e-6
     assert rows.dtype == np.float64 and rows.shape == (len(dataset),)
-    diagnosis = json.loads(made.file("diagnosis.json").read_text())
+    diagnosis = json.loads(calibration.file("diagnosis.json").read_text())
     assert diagnosis["rule"] == "raking" and not diagnosis["none_found"] and diagnosis["selected"]
     assert diagnosis["weights_of"] == {"loss": "tokens", "sampling": "rows"}[apply]
     assert diagnosis["ess_fraction" if apply == "loss" else "row_ess_fraction"] >= 0.5 - 1e-9
@@ -127,7 +127,7 @@ def test_artefact_and_its_files(job, capsys, apply: str) -> None:
         assert abs(expert["achieved"] - expert["forget"]) < abs(expert["retain"] - expert["forget"])
         assert expert["ratio_low"] < expert["ratio"] < expert["ratio_high"]
     assert 0.05 < diagnosis["gap_closed"] < 1
-    tensors = load_file(made.file("calibration.safetensors"))
+    tensors = load_file(calibration.file("calibration.safetensors"))
     trace = np.concatenate([np.load(path) for path in sorted((run.statistics / "retain").glob("trace-*.npy"))])
     for layer in range(LAYERS):
         selected_NK, w = trace[counted][:, layer], weights[counted].astype(np.float64)
@@ -139,7 +139,7 @@ def test_artefact_and_its_files(job, capsys, apply: str) -> None:
     near = [document["document"] % 4 == 0 for document in diagnosis["top_documents"][:8]]
     assert apply == "sampling" or all(near), "the documents of the near topic carry the weight"
     assert diagnosis["top_documents"][0]["text_start"]
-    assert made.summary["selected"] == len(diagnosis["selected"])
+    assert calibration.summary["selected"] == len(diagnosis["selected"])
     shown = capsys.readouterr().out
     assert shown.startswith("[calibrate] ") and shown.count("\n") == 1
     assert f"forget-critical experts, raking closes {diagnosis['gap_closed']:.0%} of the gap" in shown
@@ -165,11 +165,11 @@ def test_running_again_does_nothing_and_from_scratch_gives_the_same_bytes(job, t
 def test_none_found_may_go_on(job, then: str, experts: str, uniform: bool) -> None:
     changes = {"calibration__if_none_found": then, "calibration__experts": experts}
     config, run = job(calibration__detection__min_ratio=50.0, **changes)
-    made = calibrate(config, run)
-    diagnosis = json.loads(made.file("diagnosis.json").read_text())
+    calibration = calibrate(config, run)
+    diagnosis = json.loads(calibration.file("diagnosis.json").read_text())
     said = "weights are uniform" if uniform else "weights are calibrated on all experts"
     assert diagnosis["none_found"] and said in " ".join(diagnosis["warnings"])
-    assert (set(np.unique(np.load(made.file("weights.npy")))) == {0.0, 1.0}) == uniform
+    assert (set(np.unique(np.load(calibration.file("weights.npy")))) == {0.0, 1.0}) == uniform
 
 
 @pytest.mark.parametrize("apply", ["loss", "sampling"])
@@ -186,10 +186,10 @@ def test_a_retain_corpus_of_one_document_is_calibrated(tmp_path, apply: str) -> 
     run = RunDirectory(tmp_path / "run")
     prepare(config, run)
     write_statistics(config, run)
-    made = calibrate(config, run)
-    weights = np.load(made.file("weights.npy"))
+    calibration = calibrate(config, run)
+    weights = np.load(calibration.file("weights.npy"))
     assert np.isfinite(weights).all() and weights.max() > 1.1
-    assert any("1 document(s)" in line for line in made.summary["warnings"])
+    assert any("1 document(s)" in line for line in calibration.summary["warnings"])
 
 
 def test_a_solver_that_ends_early_is_an_error_unless_it_is_allowed_to(job, monkeypatch) -> None:
@@ -200,8 +200,8 @@ def test_a_solver_that_ends_early_is_an_error_unless_it_is_allowed_to(job, monke
         calibrate(config, run)
     assert not run.calibration.exists()
     config, run = job(calibration__allow_unconverged=True)
-    made = calibrate(config, run)
-    assert any("the solver ended short of its targets" in line for line in made.summary["warnings"])
+    calibration = calibrate(config, run)
+    assert any("the solver ended short of its targets" in line for line in calibration.summary["warnings"])
 
 
 def test_the_same_text_as_forget_and_retain_is_called_that(job) -> None:
@@ -231,9 +231,9 @@ def test_rows_are_weighted_without_a_trace(job) -> None:
     config, run = job()
     beside_trace = tree(calibrate(config, run).path)
     write_statistics(config, run, trace=False)
-    made = tree(calibrate(config, run).path)
+    contents = tree(calibrate(config, run).path)
     for name in ("weights.npy", "row_weights.npy", "calibration.safetensors", "diagnosis.json"):
-        assert made[name] == beside_trace[name]
+        assert contents[name] == beside_trace[name]
     shutil.rmtree(run.calibration)
     path = run.statistics / "retain" / "row_counts-00001-of-00002.npy"
     np.save(path, np.load(path)[::-1] + 1)

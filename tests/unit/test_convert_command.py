@@ -35,9 +35,9 @@ def test_a_checkpoint_becomes_a_model(folder: Path, server: Server) -> None:
     assert "from zero3 (step 1, world 2, ep 2), verified" in result.stdout
     assert result.stderr == "" and "0.0" not in result.stdout  # no progress of what takes no time
     report = json.loads((folder / "model" / "conversion.json").read_text())
-    held = {name: file.name for file in (folder / "model").glob("*.safetensors") for name in load_file(file)}
-    assert report["files"] == {name: file_entry(folder / "model" / name) for name in set(held.values())}
-    assert report["dtype"] == "fp32" and report["tensors"] == len(held) > len(report["files"]) > 1
+    file_of = {name: file.name for file in (folder / "model").glob("*.safetensors") for name in load_file(file)}
+    assert report["files"] == {name: file_entry(folder / "model" / name) for name in set(file_of.values())}
+    assert report["dtype"] == "fp32" and report["tensors"] == len(file_of) > len(report["files"]) > 1
     shutil.rmtree(folder / "model")
     assert tree(folder) == before
 

@@ -340,9 +340,9 @@ def test_the_trainers_folder_is_a_checkpoint_and_not_a_model(source: Path, tmp_p
     assert (result.kind, result.facts["optimizer_states"]) == ("deepspeed", ["exp_avg", "exp_avg_sq"])
     report = convert_checkpoint(trainer, tmp_path / "model", dtype="fp32")
     assert (report["source"]["kind"], report["source"]["step"]) == ("zero3", 1)
-    original, made = (load_file(folder / "model.safetensors") for folder in (base(), tmp_path / "model"))
-    assert any(not torch.equal(made[name], made[name].to(torch.bfloat16).float()) for name in made)
-    assert made.keys() == original.keys()
+    original, converted = (load_file(folder / "model.safetensors") for folder in (base(), tmp_path / "model"))
+    assert any(not torch.equal(converted[name], converted[name].to(torch.bfloat16).float()) for name in converted)
+    assert converted.keys() == original.keys()
     for place in (tmp_path, trainer):  # the folder by its name is the same source
         assert open_source(place, trainer.name).path == open_source(trainer).path == trainer / "global_step1"
 

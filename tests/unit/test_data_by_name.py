@@ -240,9 +240,9 @@ def test_the_data_are_the_same_whatever_the_number_of_threads(
     for number in (1, 3):
         monkeypatch.setattr("trace_ds.stages.prepare.default_threads", lambda number=number: number)
         config, directory = load_config(str(path), [], tmp_path / f"run{number}")
-        made = prepare(config, RunDirectory.at(directory))
+        data = prepare(config, RunDirectory.at(directory))
         results.append({item.name: item.read_bytes() for item in (tmp_path / f"run{number}" / "data").iterdir()})
-        assert made.summary["retain"]["documents"] == 92
+        assert data.summary["retain"]["documents"] == 92
     assert results[0] == results[1] and len(results[0]) == 5
 
 
@@ -298,13 +298,13 @@ def test_questions_by_the_name_of_a_data_set(tmp_path: Path) -> None:
     assert [(item.prompt, item.continuation, item.source) for item in passages.items] == [
         ("It is a", "truth", "muse/verbmem/forget")
     ]
-    known = read_task(task("knowmem", **where, config="knowmem", split="forget_qa", examples="forget_qa_icl"))
-    assert [item.question for item in known.items] == ["Who?"] and known.examples[0].answers == ("A book",)
+    knowmem = read_task(task("knowmem", **where, config="knowmem", split="forget_qa", examples="forget_qa_icl"))
+    assert [item.question for item in knowmem.items] == ["Who?"] and knowmem.examples[0].answers == ("A book",)
     seen = read_task(task("membership", **where, config="privleak", split="forget", holdout="holdout"))
     assert [(item.text, item.member) for item in seen.items] == [("seen", True), ("never seen", False)]
     bodies = read_task(task("perplexity", **where, config="bodies", columns={"text": "body"}))
     assert [item.text for item in bodies.items] == ["some words"]
-    assert len({item.sha256 for item in (chosen, passages, known, seen, bodies)}) == 5
+    assert len({item.sha256 for item in (chosen, passages, knowmem, seen, bodies)}) == 5
     other = read_task(task("choice", **where, config="choice", columns={"prompt": "question"}))
     assert other.sha256 != chosen.sha256
 

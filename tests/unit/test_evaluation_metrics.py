@@ -142,14 +142,14 @@ def test_perfect_recall_scores_one_and_other_text_does_not(model: LanguageModel)
     prompts = [item.prompt for item in random_questions(12)]
     greedy = model.continue_greedily([model.encode(prompt) for prompt in prompts], [10] * 12)
     kept = [(prompt, ids) for prompt, ids in zip(prompts, greedy, strict=True) if len(ids) == 10]
-    known = [VerbatimItem(str(n), p, str(model.tokenizer.decode(ids)), "k") for n, (p, ids) in enumerate(kept)]
-    result = kinds.evaluate_verbatim(model, known, 6, "here")
+    items = [VerbatimItem(str(n), p, str(model.tokenizer.decode(ids)), "k") for n, (p, ids) in enumerate(kept)]
+    result = kinds.evaluate_verbatim(model, items, 6, "here")
     assert result.metrics()["rouge_l"] == result.metrics()["exact_tokens"] == 1.0
-    assert [log["reference"] for log in result.logs] == [" ".join(item.continuation.split()[:6]) for item in known]
+    assert [log["reference"] for log in result.logs] == [" ".join(item.continuation.split()[:6]) for item in items]
     short = [VerbatimItem("s", kept[0][0], str(model.tokenizer.decode(kept[0][1][:3])), "k")]
     assert kinds.evaluate_verbatim(model, short, 6, "here").metrics()["rouge_l"] == 1.0
-    other = [VerbatimItem(i.id, i.prompt, "w0 w1 w2 w3 w4 w5", "o") for i in known]
-    assert kinds.evaluate_verbatim(model, [*known, *other], 6, "here").metrics()["exact_tokens"] < 0.75
+    other = [VerbatimItem(i.id, i.prompt, "w0 w1 w2 w3 w4 w5", "o") for i in items]
+    assert kinds.evaluate_verbatim(model, [*items, *other], 6, "here").metrics()["exact_tokens"] < 0.75
     with pytest.raises(UserError, match="here item long: the item needs 300 tokens and the model reads 256"):
         kinds.evaluate_verbatim(model, [VerbatimItem("long", "w1 " * 200, "w2 " * 99, "s")], 99, "here")
 

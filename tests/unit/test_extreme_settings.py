@@ -163,12 +163,12 @@ def test_checkpoints_are_there_and_none_of_a_model_that_diverged(
     server: Server, done: Path, tmp_path: Path, changes: list[str], outcome: list[str] | str
 ) -> None:
     result = start(server, done, tmp_path, "unlearn", changes, "data", "statistics", "calibration")
-    made = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    checkpoints = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
     if isinstance(outcome, str):
-        assert result.returncode == 1 and outcome in result.stderr and not made, result
+        assert result.returncode == 1 and outcome in result.stderr and not checkpoints, result
         assert len(result.stderr.strip().splitlines()) == 1
     else:
-        assert (result.returncode, made) == (0, outcome), result
+        assert (result.returncode, checkpoints) == (0, outcome), result
 
 
 def scores(run: Path, model: str) -> list[float | None]:

@@ -53,7 +53,7 @@ def run(tmp_path: Path, tiny_model: Path) -> Path:
         side: make_artefact(path / "statistics" / side, "statistics", {"data": data.content, "side": side}, side)
         for side in ("forget", "retain")
     }
-    inputs = {"data": data.content, **{side: made.content for side, made in sides.items()}}
+    inputs = {"data": data.content, **{side: statistics.content for side, statistics in sides.items()}}
     calibration = make_artefact(path / "calibration", "calibration", inputs)
     for step in (2, 4):
         make_checkpoint(path / "checkpoints", step, calibration.content)

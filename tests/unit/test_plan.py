@@ -283,8 +283,8 @@ def test_plans_of_published_models(name: str) -> None:
     )
     planned = plan_model(model_config(name), config, ClusterSpec(nodes=128))
     a = read_architecture(model_config(name))  # RMU at the middle layer: it and those below are held
-    held = a.outside.embedding + sum(block.total for block in a.blocks[: a.layers // 2 + 1])
-    assert planned.checkpoint_bytes == 12 * held < 0.57 * 12 * planned.parameters.total
+    parameters = a.outside.embedding + sum(block.total for block in a.blocks[: a.layers // 2 + 1])
+    assert planned.checkpoint_bytes == 12 * parameters < 0.57 * 12 * planned.parameters.total
     low = plan_model(model_config(name), run_config(unlearning__rmu={"layer": 0}), ClusterSpec())
     first = next(layer for layer, block in enumerate(a.blocks) if block.experts)  # it is held in any case
     assert low.checkpoint_bytes == 12 * (a.outside.embedding + sum(block.total for block in a.blocks[: first + 1]))
@@ -359,10 +359,12 @@ def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pyt
         **{f"unlearning__{key}": value for key, value in both.items()},
         **corpora,
     }
-    made = {"models": {"target": ["forget", "retain"], "retrained": ["retain"]}, "epochs": 2, "batch_rows": 128}
-    made = {f"finetune__{key}": value for key, value in (made | {"recompute": True, "micro_batch_rows": 4}).items()}
+    finetune = {"models": {"target": ["forget", "retain"], "retrained": ["retain"]}, "epochs": 2, "batch_rows": 128}
+    finetune = {
+        f"finetune__{key}": value for key, value in (finetune | {"recompute": True, "micro_batch_rows": 4}).items()
+    }
     mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
-    result = plan_model(mixtral, run_config(**sized, **made), spec)
+    result = plan_model(mixtral, run_config(**sized, **finetune), spec)
     target, retrained = (result.stages[f"finetune of {name}"] for name in ("target", "retrained"))
     assert (target.steps, retrained.steps) == (4, 3)
     assert (target.rows, target.memory, target.traffic) == (4, retrained.memory, retrained.traffic)
@@ -378,7 +380,7 @@ def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pyt
     assert "finetune of retrained" in shown and "all 3" in shown
     assert as_dict(result)["stages"]["finetune of target"]["at_least_s"] == target.at_least_s
     del corpora["data__forget"]
-    away = run_config(**sized | corpora | {"data__forget": [{"path": "nowhere.txt"}]}, **made)
+    away = run_config(**sized | corpora | {"data__forget": [{"path": "nowhere.txt"}]}, **finetune)
     assert plan_model(mixtral, away, spec).stages["finetune of target"].at_least_s is None
 
 
@@ -443,9 +445,9 @@ def test_the_frozen_copy_is_planned_as_the_job_makes_it(
     losses = {"unlearning__forget_loss": forget, "unlearning__retain_loss": retain}
     job = job_of("olmoe-1b-7b", **losses, unlearning__rmu={"scale": scale, "sinks": sinks, "layer": 5})
     a, config = job.a, job.config
-    made: list[int] = []
+    layers: list[int] = []
     monkeypatch.setattr(
-        objective_module, "reference_engine", lambda _, info, world, parts, *job: made.append(parts.layers)
+        objective_module, "reference_engine", lambda _, info, world, parts, *job: layers.append(parts.layers)
     )
     monkeypatch.setattr(objective_module, "_whole_head", lambda engine: "head")
     monkeypatch.setattr(objective_module, "measure", lambda *arguments: HiddenNorms(1.0, 1.0, (), 0.0, 0.0))
@@ -455,7 +457,7 @@ def test_the_frozen_copy_is_planned_as_the_job_makes_it(
     objective, _ = objective_module.make_forget_retain(config.unlearning, info, world, batches, {}, **settings)  # type: ignore[arg-type]
     passes = job.passes()
     frozen = objective.frozen  # type: ignore[attr-defined]
-    assert [passes.frozen_layers] == (made or [0])
+    assert [passes.frozen_layers] == (layers or [0])
     assert passes.frozen_stays == (frozen is not None)
     assert passes.frozen_head == (frozen is not None and frozen.head_VD is not None)
     sides = {"undial": 0.5, "rmu": 0.5 * (scale == "adaptive")}.get(forget, 0.0) + 0.5 * (retain != "nll")

@@ -220,8 +220,8 @@ def test_a_lock_variable_that_names_no_lock_is_none(
     run = RunDirectory(tmp_path / "run")
     run.mark()
     monkeypatch.setenv(LOCK_VARIABLE, value.replace("RUN", os.path.realpath(run.path)))
-    with locked(run) as held:
-        assert len(held) == 1 and os.path.samestat(os.fstat(held[0]), (run.path / ".lock").stat())
+    with locked(run) as descriptors:
+        assert len(descriptors) == 1 and os.path.samestat(os.fstat(descriptors[0]), (run.path / ".lock").stat())
 
 
 @pytest.mark.parametrize("value", ["abc", "nan"])

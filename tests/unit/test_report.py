@@ -206,16 +206,16 @@ def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
 
 
 def test_runs_of_other_files_or_of_the_same_seed_are_no_repetition(tmp_path: Path) -> None:
-    def made(name: str, seed: int, model: str) -> RunData:
+    def run_of(name: str, seed: int, model: str) -> RunData:
         path = write_run(tmp_path / name, name=name, seed=seed)
         config = yaml.safe_load((path / "config.yaml").read_text())
         (path / "config.yaml").write_text(yaml.safe_dump({**config, "model": {"path": model}}))
         return gather(path)
 
-    first = made("a", 0, f"{tmp_path}/a/models/base")
-    assert repeats(first, made("b", 1, f"{tmp_path}/b/models/base"))  # each its own, made with its seed
-    assert not repeats(first, made("c", 2, f"{tmp_path}/a/models/other"))
-    assert not repeats(first, made("d", 0, f"{tmp_path}/d/models/base"))
+    first = run_of("a", 0, f"{tmp_path}/a/models/base")
+    assert repeats(first, run_of("b", 1, f"{tmp_path}/b/models/base"))  # each its own, made with its seed
+    assert not repeats(first, run_of("c", 2, f"{tmp_path}/a/models/other"))
+    assert not repeats(first, run_of("d", 0, f"{tmp_path}/d/models/base"))
     with pytest.raises(UserError, match=r"no repetition of .* with another seed"):
         report(RunDirectory.at(tmp_path / "a"), [tmp_path / "c"])
 

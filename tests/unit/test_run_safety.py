@@ -57,8 +57,8 @@ def make_run(project: Path) -> Path:
     """A run directory with something of ours in every place, written by what the stages write it with."""
     config, path = load_config(str(project / "mine.yaml"), [], project / "run")
     run = RunDirectory(path)
-    for made in (run, run.variant("even")):
-        made.mark()
+    for each in (run, run.variant("even")):
+        each.mark()
     for folder in (run.path, run.variant("even").path):
         places = {
             "data": "data",
@@ -363,12 +363,12 @@ def test_a_run_waits_for_its_variants_and_they_for_it(tmp_path: Path, monkeypatc
         with locked(other):
             raise UserError("refused")
         raise AssertionError
-    with locked(run, replaces_inputs=True) as held:  # a variant's job that this run starts
-        monkeypatch.setenv(*next(iter(directory.lock_environment(run, held).items())))
+    with locked(run, replaces_inputs=True) as descriptors:  # a variant's job that this run starts
+        monkeypatch.setenv(*next(iter(directory.lock_environment(run, descriptors).items())))
         with locked(one) as own:
             assert len(own) == 1
         with locked(run) as inherited:
-            assert inherited == held
+            assert inherited == descriptors
     assert is_free(run, replaces_inputs=True)
 
 

@@ -59,12 +59,12 @@ def made_tokenizer(kind: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     def sequence(module: Any, parts: list[tuple[str, Any]]) -> Any:
-        made = []
+        steps = []
         for name, options in parts:
             if name == "Split":
                 options = options | {"pattern": Regex(options["pattern"])}
-            made.append(getattr(module, name)(**options))
-        return module.Sequence(made) if made else None
+            steps.append(getattr(module, name)(**options))
+        return module.Sequence(steps) if steps else None
 
     model, normalizer, words = KINDS[kind]
     tokenizer = Tokenizer(getattr(models, model)())

@@ -319,7 +319,7 @@ def _damage(directory: Path, manifest: Manifest, world: World) -> str:
         verify(directory, manifest, hashes=True, part=world.rank, parts=world.size)
         for name in sorted(manifest.files)[world.rank :: world.size]:
             if name.endswith(".pt"):
-                serialization.check(directory / name)
+                serialization.open_shard(directory / name)
     except UserError as error:
         return error.line()
     except OSError as error:

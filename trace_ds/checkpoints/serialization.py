@@ -39,7 +39,7 @@ class ShardFiles:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._room_bytes, self.uncopied_bytes = 0.0, 0
-        self._held: list[tuple[str | Path, _Copied]] = []
+        self._copies: list[tuple[str | Path, _Copied]] = []
         self._failed: OSError | None = None
         self._written: dict[str, dict[str, Any]] = {}
 
@@ -47,7 +47,7 @@ class ShardFiles:
         """Begin a checkpoint: files are held while copies of their tensors fit into so much host memory, and written at
         once where they do not."""
         self._room_bytes, self.uncopied_bytes = room_bytes, 0
-        self._held, self._written, self._failed = [], {}, None
+        self._copies, self._written, self._failed = [], {}, None
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         state = _plain(state_dict, {})
@@ -56,7 +56,7 @@ class ShardFiles:
         taken = sum(map(_memory_of_copy, storages.values()))
         if taken < self._room_bytes:
             try:
-                self._held.append((path, _Copied(state, storages)))
+                self._copies.append((path, _Copied(state, storages)))
                 self._room_bytes -= taken
                 return
             except (RuntimeError, MemoryError):  # there was less than there seemed to be
@@ -72,8 +72,8 @@ class ShardFiles:
         """Write what is held (any thread may); path -> {bytes, sha256} of every file of the checkpoint."""
         if self._failed is not None:
             raise self._failed
-        while self._held:
-            path, copied = self._held.pop(0)
+        while self._copies:
+            path, copied = self._copies.pop(0)
             self._written[os.path.abspath(path)] = _write(path, copied.into)
         return self._written
 
@@ -155,11 +155,11 @@ class _Hashing:
 
 
 def load_shard(path: str | Path) -> Any:
-    """A shard file as plain data and tensors in memory; errors are those of :func:`check`."""
-    return exchanged(check(Path(path)), LazyTensor, LazyTensor.load)
+    """A shard file as plain data and tensors in memory; errors are those of :func:`open_shard`."""
+    return exchanged(open_shard(Path(path)), LazyTensor, LazyTensor.load)
 
 
-def check(path: Path) -> Any:
+def open_shard(path: Path) -> Any:
     """A shard file's plain data, its tensors still on disk.
 
     Raises:
@@ -191,7 +191,7 @@ def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
     try:
-        check(Path(path))
+        open_shard(Path(path))
     except UserError as error:
         raise JobFailed(f"what was written a moment ago cannot be read: {error.line()}") from None
     return {"bytes": out.bytes, "sha256": out.digest.hexdigest()}

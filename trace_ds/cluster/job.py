@@ -87,8 +87,8 @@ class ZeroSettings:
                 values[name] = (value or {}).get("device") not in (None, "none")
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 values[name] = int(value)
-        known = {entry.name for entry in fields(cls)} - {"stage"}
-        return cls(stage, **{name: value for name, value in values.items() if name in known})
+        names = {entry.name for entry in fields(cls)} - {"stage"}
+        return cls(stage, **{name: value for name, value in values.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class PlannedJob:
         return DTYPE_BYTES[self.config.model.dtype]
 
     @functools.cached_property
-    def held(self) -> Architecture:
+    def kept(self) -> Architecture:
         """What the job loads, trains and saves of the model."""
         if isinstance(self.settings, FinetuneSettings):
             return self.a

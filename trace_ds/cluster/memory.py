@@ -139,7 +139,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
 
     ``recompute`` (None: as configured): keep only each layer's input and compute the layer again in the backward pass.
     """
-    a, b, ep, zero, world, passes = job.held, job.b, job.ep, job.zero, job.spec.world, job.passes()
+    a, b, ep, zero, world, passes = job.kept, job.b, job.ep, job.zero, job.spec.world, job.passes()
     recompute = job.settings.recompute if recompute is None else recompute
     every = count_parameters(a)
     whole, shard, tokens = rank_parameters(a, ep), every.total / world, rows * job.context
@@ -192,7 +192,7 @@ def host_bytes(job: PlannedJob) -> float:
     Every process reads its share: with X/P of the experts for `collect` (the larger one; ZeRO-3 reads less), and
     :data:`LOADING_FACTOR` of that while AutoEP cuts out the experts of a layer.
     """
-    zero, shard = job.zero, count_parameters(job.held).total / job.spec.world
+    zero, shard = job.zero, count_parameters(job.kept).total / job.spec.world
     offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (job.b if zero.offload_param else 0)
     share = rank_parameters(job.a, job.ep)
     return job.spec.gpus_per_node * (share * job.b * LOADING_FACTOR + shard * offloaded)

@@ -174,7 +174,7 @@ def plan_model(
     for each in unlearning:
         _check(each)
     stages = {"collect": _collect(job), "unlearn": _training(job)}
-    saving = [(each, each.held, len(each.settings.kept_steps(each.steps() or 1))) for each in unlearning]
+    saving = [(each, each.kept, len(each.settings.kept_steps(each.steps() or 1))) for each in unlearning]
     if (finetune := config.finetune) is not None:
         for name, corpora in finetune.models.items():
             making = PlannedJob.of(a, cluster, config, FinetuneSettings.of(finetune, config.unlearning))
@@ -199,8 +199,8 @@ def plan_model(
         zero_stage=job.zero.stage,
         stages=stages,
         recomputed_peak_bytes=memory.unlearn_memory(job, stages["unlearn"].rows, recompute=True).peak_bytes,
-        checkpoint_bytes=checkpoint_bytes(job, job.held),
-        checkpoint_files=checkpoint_files(job, job.held),
+        checkpoint_bytes=checkpoint_bytes(job, job.kept),
+        checkpoint_files=checkpoint_files(job, job.kept),
         storage_bytes=sum(
             (keep + 1) * checkpoint_bytes(each, saved) + every.total * each.b for each, saved, keep in saving
         ),
@@ -262,7 +262,7 @@ def training_traffic(job: PlannedJob) -> list[Traffic]:
     every pass. ZeRO-1 and -2 all-reduce gradients (a reduce-scatter and an all-gather; DeepSpeed's default at stage 2
     too), stage 2 in every pass, and all-gather the updated parameters once per step.
     """
-    a, spec, ep, zero, run = job.held, job.spec, job.ep, job.zero, job.passes()
+    a, spec, ep, zero, run = job.kept, job.spec, job.ep, job.zero, job.passes()
     passes, rows = job.micro_batches()
     wider = 4 / job.b if spec.world > RANKS_SUMMED_IN_BF16 else 1
     again = job.settings.recompute and memory.largest_layer(a, ep) > memory.reuse_distance(a, zero)
@@ -340,7 +340,7 @@ def _collect(job: PlannedJob) -> StagePlan:
 def _training(job: PlannedJob, corpora: list[str] | None = None) -> StagePlan:
     """``unlearn``, or the fine-tuning of one model on ``corpora``."""
     (passes, rows), run, sides = job.micro_batches(), job.passes(), len(job.rows_per_step)
-    flops = 3 * forward_flops_per_token(job.held, job.context, layers=run.layers, head=run.head)
+    flops = 3 * forward_flops_per_token(job.kept, job.context, layers=run.layers, head=run.head)
     if run.frozen_stays:
         copy = forward_flops_per_token(job.a, job.context, layers=run.frozen_layers, head=run.frozen_head)
         flops += copy * run.frozen_share
@@ -400,7 +400,7 @@ def _choice(job: PlannedJob) -> Choice:
         peak_bytes=unlearn.memory.peak_bytes,
         largest_rows=unlearn.largest_rows,
         received_bytes=sum(entry.received_bytes for entry in unlearn.traffic),
-        checkpoint_files=checkpoint_files(job, job.held),
+        checkpoint_files=checkpoint_files(job, job.kept),
         collect_fits=collect.peak_bytes <= job.spec.usable_bytes,
     )
 

@@ -79,10 +79,10 @@ def find_config(config: str, folder: Path = Path()) -> Path:
         path = Path(config)  # of no file
     if _is_file(path):
         return path
-    known = recipes()
-    if config in known:
-        return known[config]
-    close = difflib.get_close_matches(config, known, 3)
+    files = recipes()
+    if config in files:
+        return files[config]
+    close = difflib.get_close_matches(config, files, 3)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     raise UserError("no such configuration file or recipe", config, f"{hint}`trace-ds recipes` lists the names")
 

@@ -62,7 +62,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"not valid YAML ({str(error)[:SHOWN_CHARACTERS]})") from None
 
 
-def _measure(node: yaml.Node | None, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+def _measure(node: yaml.Node | None, sizes: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
     """(values, depth) of what a node stands for; ``known`` holds those measured so far (None: we are inside it)."""
 
     def refuse(problem: str, at: yaml.Node) -> NoReturn:
@@ -70,9 +70,9 @@ def _measure(node: yaml.Node | None, known: dict[int, tuple[int, int] | None]) -
 
     if not isinstance(node, yaml.CollectionNode):
         return 1, 0
-    if id(node) in known:
-        return known[id(node)] or refuse("an alias refers to what it is in", node)
-    known[id(node)] = None
+    if id(node) in sizes:
+        return sizes[id(node)] or refuse("an alias refers to what it is in", node)
+    sizes[id(node)] = None
     values, depth, seen = 1, 0, set()
     for item in node.value:
         value = item
@@ -84,12 +84,12 @@ def _measure(node: yaml.Node | None, known: dict[int, tuple[int, int] | None]) -
             if key.value in seen:
                 refuse(f"{key.value!r} is there twice", key)
             seen.add(key.value)
-        more, deep = _measure(value, known)
+        more, deep = _measure(value, sizes)
         values, depth = values + more, max(depth, deep + 1)
         if values > MAX_VALUES or depth > MAX_DEPTH:
             limit = f"nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"more than {MAX_VALUES:,} values"
             refuse(limit, node)
-    known[id(node)] = values, depth
+    sizes[id(node)] = values, depth
     return values, depth
 
 

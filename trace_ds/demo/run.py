@@ -41,7 +41,7 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
     from trace_ds.stages.pipeline import Request, run_verb
 
     began_s = time.monotonic()
-    preflight(run_dir)
+    require_demo(run_dir)
     # What an earlier demo of another seed, package version or recipe left here is made anew.
     changes = [f"seed={seed}", "unlearning.resume=replace", *machine_overrides(), *overrides]
     requests = [
@@ -86,7 +86,7 @@ def print_summary(runs: Sequence[RunDirectory], took_s: float) -> None:
         console.print(f"  {run.report / 'index.html'}", soft_wrap=True)
 
 
-def preflight(run_dir: Path) -> None:
+def require_demo(run_dir: Path) -> None:
     """Refuse missing packages, and a place without room, before any work is done."""
     versions = input_versions()
     missing = [name for name in PACKAGES if name not in versions]

@@ -183,8 +183,8 @@ def _task_manager(task: str, include: str | None = None) -> Any:
     """
     own = include and own_tasks_sha256(include)
     few = _indexed(re.split(r"\W|_", task)[0], include, own)
-    known = few.task_index
-    return few if task in known and known.keys() >= {*_leaf_tasks([task], known)} else _indexed("", include, own)
+    index = few.task_index
+    return few if task in index and index.keys() >= {*_leaf_tasks([task], index)} else _indexed("", include, own)
 
 
 @functools.lru_cache(8)

@@ -30,7 +30,7 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation.items import CHOICES, ChoiceItem, QuestionItem, VerbatimItem, beginning
 from trace_ds.evaluation.language_model import Advance, LanguageModel, Sequence, shared_start
 
-NEW_TOKENS, EXAMPLES = 32, 10  # of knowmem: tokens of an answer, solved questions in the prompt
+NEW_TOKENS, KNOWMEM_EXAMPLES = 32, 10  # of knowmem: tokens of an answer, solved questions in the prompt
 ENDS = ("\n\n", "\nQuestion", "Question:")
 
 
@@ -187,7 +187,7 @@ def evaluate_verbatim(
 
 def prompt_of(question: str, examples: list[QuestionItem]) -> str:
     """The few-shot prompt of one question; a model's tokenizer sees it with its own special tokens."""
-    shots = "".join(f"Question: {item.question}\nAnswer: {item.answers[0]}\n\n" for item in examples[:EXAMPLES])
+    shots = "".join(f"Question: {item.question}\nAnswer: {item.answers[0]}\n\n" for item in examples[:KNOWMEM_EXAMPLES])
     return f"{shots}Question: {question}\nAnswer: "
 
 

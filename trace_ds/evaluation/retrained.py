@@ -53,7 +53,7 @@ from trace_ds.evaluation.metrics import ASSUMED_AUC, FORGET_QUALITY, MODEL_UTILI
 MEMBERSHIP_ATTACKS = ("min_k", "min_k_plus", "loss", "zlib")
 MIN_K_PERCENT = 40.0
 EPSILON = 1e-6  # a deviation of 0 means a certain token: it says nothing, and must not divide by zero
-KNOWN = ("probability", "rouge_l_recall", "truth")
+UTILITY_PARTS = ("probability", "rouge_l_recall", "truth")
 PROMPT = "Question: {}\nAnswer:"
 
 
@@ -198,7 +198,7 @@ def with_retrained(result: dict[str, Any], retrained: dict[str, Any] | None) -> 
     )
     of_tofu = {task for task, metric in mine if metric in (FORGET_QUALITY, MODEL_UTILITY)}
     utility = [score for score in result["scores"] if score["task"] in of_tofu and score["role"] == "utility"]
-    parts = [score["value"] for score in utility if score["metric"] in KNOWN]
+    parts = [score["value"] for score in utility if score["metric"] in UTILITY_PARTS]
 
     def changes(task: str, metric: str) -> dict[str, Any]:
         if metric.startswith("auc_"):

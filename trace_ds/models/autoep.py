@@ -56,8 +56,8 @@ def check_options(options: Mapping[str, Any], ep: int, world_size: int) -> None:
     from deepspeed.module_inject.auto_ep_config import AutoEPConfig, parse_autoep_config, validate_autoep_config
 
     where = "distributed.autoep"
-    known = {field.name for field in dataclasses.fields(AutoEPConfig)} - {"enabled", "autoep_size", "preset_model"}
-    if unknown := sorted(options.keys() - known):
+    names = {field.name for field in dataclasses.fields(AutoEPConfig)} - {"enabled", "autoep_size", "preset_model"}
+    if unknown := sorted(options.keys() - names):
         raise UserError(f"AutoEP has no option {unknown[0]} beside distributed.ep", where, "take it out")
     section = settings(ep, None, options)["expert_parallel"]
     try:

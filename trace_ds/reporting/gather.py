@@ -140,8 +140,8 @@ class RunData:
     def versions(self) -> dict[str, str]:
         """Of the libraries that trained the newest checkpoint, and of a model from the hub."""
         source = (self.job.get("model") or {}).get("source")
-        known = {str(key): str(value) for key, value in sorted((self.job.get("versions") or {}).items())}
-        return known | ({BASE_MODEL: str(source)} if source else {})
+        recorded = {str(key): str(value) for key, value in sorted((self.job.get("versions") or {}).items())}
+        return recorded | ({BASE_MODEL: str(source)} if source else {})
 
     def evaluations(self) -> dict[str, Evaluation]:
         """Every model to compare, in the order of tables: references first (original, gold, ...), then the arms."""
@@ -297,15 +297,15 @@ def averaged(runs: Sequence[RunData]) -> RunData:
         return runs[0]
 
     def mean(evaluations: Sequence[Evaluation | None]) -> Evaluation | None:
-        known = [evaluation for evaluation in evaluations if evaluation is not None]
-        if len(known) < len(runs):
+        evaluated = [evaluation for evaluation in evaluations if evaluation is not None]
+        if len(evaluated) < len(runs):
             return None
         scores = []
-        for score in known[0].scores:
-            values = [value for each in known if (value := each.value(score.task, score.metric)) is not None]
+        for score in evaluated[0].scores:
+            values = [value for each in evaluated if (value := each.value(score.task, score.metric)) is not None]
             if len(values) == len(runs):
                 scores.append(replace(score, value=math.fsum(values) / len(values), by_seed=tuple(values)))
-        return replace(known[0], scores=scores)
+        return replace(evaluated[0], scores=scores)
 
     def mean_of_each(evaluations: Sequence[dict[Any, Evaluation]]) -> dict[Any, Evaluation]:
         means = {key: mean([each.get(key) for each in evaluations]) for key in evaluations[0]}

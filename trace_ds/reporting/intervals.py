@@ -91,10 +91,12 @@ def of_mixes(sides: Sequence[Sequence[Evaluation]], scores: Sequence[Score]) -> 
     """
     parts = []
     for score in scores:
-        known = [[item_values(model, score.task, score.metric) for model in side] for side in sides]
-        shared = [name for name in known[0][0] if all(name in one for side in known for one in side)]
+        values_by_item = [[item_values(model, score.task, score.metric) for model in side] for side in sides]
+        shared = [name for name in values_by_item[0][0] if all(name in one for side in values_by_item for one in side)]
         if len(shared) > 1:
-            mine_I, base_I = (np.mean([[one[name] for name in shared] for one in side], axis=0) for side in known)
+            mine_I, base_I = (
+                np.mean([[one[name] for name in shared] for one in side], axis=0) for side in values_by_item
+            )
             parts.append((float((mine_I - base_I).mean()), float((mine_I - base_I).var(ddof=1)) / len(shared)))
             continue
         values = [[model.value(score.task, score.metric) for model in side] for side in sides]

@@ -24,7 +24,7 @@ from trace_ds.reporting.tables import Table, item_cells
 from trace_ds.reporting.verdict import Verdict, perplexities
 
 _SCRIPTS = ("charts.js", "page.js")
-EXAMPLES = 3
+_EXAMPLES = 3
 MAX_QUESTIONS = 1500
 MAX_LIST_ROWS = 60
 MOST_GAINED, MOST_LOST = 10, 4  # sources of the retain text that the page names
@@ -118,7 +118,7 @@ def examples(run: RunData, role: str, main: str) -> list[tuple[str, list[tuple[s
     if task is None:
         return []
     items = sorted(evaluations[main].items[task], key=lambda item: item_cells(item)[3] or 0.0)
-    count = min(EXAMPLES, len(items))
+    count = min(_EXAMPLES, len(items))
     by_id = {name: {each.get("id"): each for each in one.items.get(task) or []} for name, one in evaluations.items()}
     chosen = []
     for item in (items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)):

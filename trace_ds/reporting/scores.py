@@ -259,11 +259,13 @@ def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation]) -> Differ
 
 def over_runs(differences: Sequence[Difference | None]) -> Difference | None:
     """The mean difference of runs, of several with Student's t interval; None unless all have one."""
-    known = [each for each in differences if each is not None]
-    if len(known) < len(differences) or len(known) == 1:
+    measured = [each for each in differences if each is not None]
+    if len(measured) < len(differences) or len(measured) == 1:
         return differences[0] if len(differences) == 1 else None
-    mine, base = (math.fsum(values) / len(known) for values in zip(*((d.mine, d.base) for d in known), strict=True))
-    return Difference(mine, base, t_interval([each.value for each in known]))
+    mine, base = (
+        math.fsum(values) / len(measured) for values in zip(*((d.mine, d.base) for d in measured), strict=True)
+    )
+    return Difference(mine, base, t_interval([each.value for each in measured]))
 
 
 def _with_tasks(evaluation: Evaluation, tasks: set[str]) -> Evaluation:
@@ -275,8 +277,8 @@ def _utility(models: Sequence[Evaluation]) -> float | None:
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+    numbers = [value for value in values if value is not None]
+    return math.fsum(numbers) / len(numbers) if numbers and len(numbers) == len(values) else None
 
 
 def headline_table(run: RunData) -> tuple[list[Score], dict[str, list[float | None]]]:

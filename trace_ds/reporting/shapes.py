@@ -137,7 +137,7 @@ class RunShape(TypedDict, total=False):
     variants: dict[str, dict[str, Any] | None] | None
 
 
-def check(value: Any, shape: Any) -> Any:
+def require_shape(value: Any, shape: Any) -> Any:
     """``value``, unless it is not of this shape: then ``ValueError`` with the place and the reason."""
     try:
         TypeAdapter(shape).validate_python(value, strict=True)
@@ -152,7 +152,7 @@ def read(path: Path, shape: Any, verb: str) -> dict[str, Any]:
     fix = f"make it again with `trace-ds {verb}`"
     raw = read_object(path, "the file", fix)
     with reading(path, "the file", fix):
-        check(raw, shape)
+        require_shape(raw, shape)
     return raw
 
 
@@ -162,7 +162,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     with reading(path, "the configuration", "restore the file"):
         raw = yaml.safe_load(read_bytes(path).decode())
-        return dict(check(raw, RunShape))
+        return dict(require_shape(raw, RunShape))
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def read_diagnosis(artefact: Artefact) -> dict[str, Any]:
 def read_layers(artefact: Artefact) -> list[int] | None:
     """The decoder layers that statistics are of."""
     with reading((artefact.path or Path()) / FILE_NAME, "the description of the artefact", artefact.fix):
-        return check(artefact.summary.get("layers"), list[int] | None)
+        return require_shape(artefact.summary.get("layers"), list[int] | None)
 
 
 def read_checkpoint_manifest(base: Path) -> dict[str, Any]:
@@ -202,5 +202,5 @@ def read_points(base: Path) -> list[dict[str, Any]]:
     if not points and (base / "curve.json").is_file():
         points = read_curve(base / "curve.json")["curve"]
         with reading(base / "curve.json", "the curve", "make it again with `trace-ds unlearn`"):
-            check(points, list[CurvePointShape])
+            require_shape(points, list[CurvePointShape])
     return points

@@ -114,7 +114,10 @@ def _from_diagnosis(run: RunData, key: str, header: list[str]) -> Table:
     """Rows of a list in the diagnoses; weights that are uniform say nothing, so those are left out."""
     diagnoses = {arm: c.diagnosis for arm, c in run.calibrations.items() if c.diagnosis.get("rule") != "uniform"}
     rows = [
-        [arm, *map(entry.get, header)] for arm, known in diagnoses.items() for entry in known.get(key) or [] if entry
+        [arm, *map(entry.get, header)]
+        for arm, diagnosis in diagnoses.items()
+        for entry in diagnosis.get(key) or []
+        if entry
     ]
     return make(["arm", *header], rows)
 

@@ -155,8 +155,8 @@ class RunDirectory:
         for side in _SIDES if self.parent is None else ():
             ours.require_directory(self.path / "statistics" / side, ours.ARTEFACT)
             ours.require_directory(self.path / "statistics" / f"{side}.partial", ours.PARTIAL, ours.ARTEFACT)
-        for made in self.finetuned_here():
-            made.require_ours()
+        for finetuned in self.finetuned_here():
+            finetuned.require_ours()
         for path in self.stop_files:
             ours.require_file(path)
 
@@ -165,9 +165,9 @@ class RunDirectory:
         if not self.is_marked():
             return
         try:
-            for folder, made in MADE_IN.items():
+            for folder, pattern in MADE_IN.items():
                 if folder != "statistics" or self.parent is None:
-                    remove_leftovers(self.path / folder, made)
+                    remove_leftovers(self.path / folder, pattern)
             for place in self.finetuned_here():
                 place.clear_leftovers()
         except OSError as error:
@@ -246,27 +246,27 @@ def locked(run: RunDirectory, *, replaces_inputs: bool = False) -> Iterator[list
             locks.insert(0, (run.parent / INPUTS_LOCK_NAME, fcntl.LOCK_SH))
     elif replaces_inputs:
         locks.append((run.path / INPUTS_LOCK_NAME, fcntl.LOCK_EX))
-    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    new_folders = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     run.require_ours()
-    held: list[tuple[Path, int, bool]] = []
+    acquired: list[tuple[Path, int, bool]] = []
     marked = False
     try:
         for lock, operation in locks:
-            held.append((lock, *_lock(lock, operation)))
+            acquired.append((lock, *_lock(lock, operation)))
         marked = run.mark()
-        yield [descriptor for _, descriptor, _ in held]
+        yield [descriptor for _, descriptor, _ in acquired]
     except UserError:  # the input was wrong: leave what was there before, which may be nothing at all
         if marked and {path.name for path in run.path.iterdir()} <= {ours.MARKER, *UNMARKED}:
             (run.path / ours.MARKER).unlink()
-        for lock, descriptor, fresh in held:
+        for lock, descriptor, fresh in acquired:
             if fresh and _flock(descriptor, lock, fcntl.LOCK_EX):  # nobody shares it
                 lock.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: something was finished before
-            for folder in made:
+            for folder in new_folders:
                 folder.rmdir()
         raise
     finally:
-        for _, descriptor, _ in held:
+        for _, descriptor, _ in acquired:
             os.close(descriptor)
 
 

@@ -41,7 +41,7 @@ def once_a_process(read: Callable[[Path], _T]) -> Callable[[Path], _T]:
 
     Callers share the value and must not change it. What raises is not remembered.
     """
-    known: dict[tuple[str | int, ...], _T] = {}
+    results: dict[tuple[str | int, ...], _T] = {}
 
     @functools.wraps(read)
     def remembered(path: Path) -> _T:
@@ -50,12 +50,12 @@ def once_a_process(read: Callable[[Path], _T]) -> Callable[[Path], _T]:
         except OSError:
             return read(path)
         key = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        if key not in known:
+        if key not in results:
             # A later change within the clock tick of this one would leave the same times: wait until it is over.
             if 0 <= time.time() - status.st_ctime < CLOCK_TICK_S:
                 time.sleep(CLOCK_TICK_S)
-            known[key] = read(path)
-        return known[key]
+            results[key] = read(path)
+        return results[key]
 
     return remembered
 

@@ -226,9 +226,9 @@ def none_found(detection: Detection) -> str:
     return "; ".join([text, *detection.warnings])
 
 
-def calibration_summary(made: Artefact) -> str:
+def calibration_summary(calibration: Artefact) -> str:
     """What was made, in one line."""
-    d = read_object(made.file("diagnosis.json"), "the diagnosis", made.fix)
+    d = read_object(calibration.file("diagnosis.json"), "the diagnosis", calibration.fix)
     experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
     effect = f"{d['rule']} closes {d['gap_closed']:.0%} of the gap" if d["constraints"] else f"{d['rule']} weights"
     warnings = len(d["warnings"])

@@ -89,11 +89,11 @@ class CollectJob:
             for side in missing:
                 _collect_side(self, world, side, engine, log)
             if world.is_main:
-                made = {
+                by_side = {
                     side: artefact.load_artefact(run.statistics / side, "statistics", verify=False) for side in missing
                 }
-                counted = " and ".join(f"{side} {each.summary['tokens']:,}" for side, each in made.items())
-                model = made[missing[0]].summary
+                counted = " and ".join(f"{side} {each.summary['tokens']:,}" for side, each in by_side.items())
+                model = by_side[missing[0]].summary
                 log.done(
                     f"{counted} tokens counted: {model['top_k']} of {model['experts']} experts in "
                     f"{len(model['layers'])} layers"

@@ -147,12 +147,12 @@ def card_facts(config: Config, run: RunDirectory) -> dict[str, Any]:
         "learning rate": f"{settings.optimizer.lr:g}",
         "seed": config.seed,
     }
-    base, made = Path(config.model.path), Path(config.model.path).parent
-    if base.name == "model" and made.parent.name == FINETUNE:  # RUN/finetune/NAME/model
-        method["fine-tuned first"] = made.name
-        checkpoints = RunDirectory.at(made).checkpoints
+    base, folder = Path(config.model.path), Path(config.model.path).parent
+    if base.name == "model" and folder.parent.name == FINETUNE:  # RUN/finetune/NAME/model
+        method["fine-tuned first"] = folder.name
+        checkpoints = RunDirectory.at(folder).checkpoints
         step, _ = newest_complete(checkpoints)
-        base = Path(read_manifest(checkpoints / step_name(step)).model["path"]) if step is not None else made
+        base = Path(read_manifest(checkpoints / step_name(step)).model["path"]) if step is not None else folder
     method |= provenance(base, "base model")
     facts: dict[str, Any] = {"name": config.name, "base_model": model_name(base), "method": method}
     try:

@@ -158,9 +158,9 @@ def after_finetune(config: Config, run: RunDirectory) -> Config:
     """The configuration as the later stages see it; the same one where nothing is fine-tuned."""
     if config.finetune is None:
         return config
-    made = {name: str(run.finetuned(name).model) for name in config.finetune.models}
-    model = {"path": made.pop(TARGET), "tokenizer": config.model.tokenizer_path}
-    evaluation: dict[str, Any] = {"models": config.evaluation.models | made}
+    paths = {name: str(run.finetuned(name).model) for name in config.finetune.models}
+    model = {"path": paths.pop(TARGET), "tokenizer": config.model.tokenizer_path}
+    evaluation: dict[str, Any] = {"models": config.evaluation.models | paths}
     changes = {
         "model": config.model.model_copy(update=model),
         "evaluation": config.evaluation.model_copy(update=evaluation),

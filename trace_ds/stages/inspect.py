@@ -13,6 +13,7 @@ import json as json_module
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,8 +269,8 @@ def _run(path: Path, verify: bool) -> Inspection:
 
     add("checkpoints", any(run.checkpoints.glob("step_*")), read_checkpoints)
     add("model", run.model.is_dir(), lambda: read_model(run.model))
-    for made in run.finetuned_here():
-        add(f"finetune/{made.path.name}", made.model.is_dir(), lambda made=made: read_model(made.model))  # type: ignore[misc]
+    for finetuned in run.finetuned_here():
+        add(f"finetune/{finetuned.path.name}", finetuned.model.is_dir(), partial(read_model, finetuned.model))
     add("config.yaml", run.config.is_file(), lambda: "done" if shapes.read_config(run.config) else "missing")
     add("curve.json", run.curve.is_file(), lambda: "done" if shapes.read_points(run.path) else "missing")
     results = sorted(run.evaluation.glob("*.json"))

@@ -99,7 +99,7 @@ def model_card_of(run: RunData, verdict: Verdict) -> str:
     loss, steps = (plain_markdown(str(settings.get(key, "not recorded"))) for key in ("forget_loss", "steps"))
     rules = ", ".join(f"{arm.label}: {arm.rule}" for arm in run.arms if arm.rule) or "not recorded"
     settings_line = f"Forget loss: {loss}; steps: {steps}; retain weights: {plain_markdown(rules)}."
-    made = f"Unlearned with trace_ds {__version__}. {settings_line}"
+    first_line = f"Unlearned with trace_ds {__version__}. {settings_line}"
     names, values = headline_table(run)
     first = [[model, *row] for model, row in values.items()]
     titles = ("model", *(plain_markdown(f"{score.task} {score.metric} {_ARROWS[score.direction]}") for score in names))
@@ -118,7 +118,11 @@ def model_card_of(run: RunData, verdict: Verdict) -> str:
     path = (run.config.get("model") or {}).get("path")
     base = run.versions.get(BASE_MODEL, model_name(str(path)) if path else "").partition("@")[0]
     return model_card(
-        run.title, base, ["unlearning"], [made, *(f"\n{plain_markdown(line)}" for line in verdict.lines)], sections
+        run.title,
+        base,
+        ["unlearning"],
+        [first_line, *(f"\n{plain_markdown(line)}" for line in verdict.lines)],
+        sections,
     )
 
 

@@ -130,7 +130,7 @@ def run_of(request: Request, trial: Trial) -> RunDirectory:
     return request.run.variant(trial.name) if trial.name in request.written.variants else request.run
 
 
-def check(config: Config) -> None:
+def check_study(config: Config) -> None:
     """Find what is wrong with a study before its first run; raises :class:`UserError`."""
     bench, evaluate = require_bench(config, config.name), config.unlearning.evaluate
     if evaluate.every is None:
@@ -139,9 +139,9 @@ def check(config: Config) -> None:
     for metric in (bench.forget, *bench.utility):
         words = metric.split()
         if len(words) not in (2, 3) or words[1] not in tasks.get(words[0], ()):
-            known = "; ".join(f"{name} {', '.join(metrics)}" for name, metrics in sorted(tasks.items()))
+            choices = "; ".join(f"{name} {', '.join(metrics)}" for name, metrics in sorted(tasks.items()))
             problem = f"{metric!r} is not 'TASK METRIC' of a task of unlearning.evaluate.tasks"
-            raise UserError(problem, "bench", f"use one of: {known}")
+            raise UserError(problem, "bench", f"use one of: {choices}")
     forget, utility = (metric.split()[1] for metric in (bench.forget, bench.utility[0]))
     if direction(forget, "forget") != "lower":
         raise UserError(f"{forget} does not fall as more is forgotten", "bench.forget", "choose another metric")

@@ -39,7 +39,7 @@ from trace_ds.run.files import write_json, write_text
 from trace_ds.run.foreign import read_object
 from trace_ds.stages.pipeline import Request, check_early, run_verb
 from trace_ds.studies.analysis import Comparison, Curve, finite, matched, metric_of
-from trace_ds.studies.runs import GOLD, check, require_bench, run_of, seed_request, trials_of
+from trace_ds.studies.runs import GOLD, check_study, require_bench, run_of, seed_request, trials_of
 
 if TYPE_CHECKING:
     from trace_ds.cluster.submit import Cluster
@@ -55,7 +55,7 @@ class Study:
     def __init__(self, recipe: Sequence[str], run_dir: Path | None, overrides: Sequence[str]) -> None:
         self.config: Config = load_config(recipe, overrides, "${run_dir}")[0]
         self.bench = require_bench(self.config, self.config.name)
-        check(self.config)
+        check_study(self.config)
         self.metrics = (self.bench.forget, *self.bench.utility)
         self.directory = run_dir or Path("runs/bench") / self.config.name
         self.requests = {s: seed_request(recipe, overrides, self.directory, s) for s in self.bench.seeds}
@@ -163,9 +163,9 @@ def submit_study(
 def check_machine(study: Study) -> None:
     """Refuse what no run on this machine could do, before the first one."""
     if study.bench.regime is not None:
-        from trace_ds.demo.run import preflight, require_inputs_ours
+        from trace_ds.demo.run import require_demo, require_inputs_ours
 
-        preflight(study.directory)
+        require_demo(study.directory)
         for request in study.requests.values():
             require_inputs_ours(request.run.path)
         return

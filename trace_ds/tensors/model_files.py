@@ -42,7 +42,7 @@ FINGERPRINT_BLOCK_BYTES = 1 << 16
 FINGERPRINT_WHOLE_BYTES = 1 << 29  # of the smallest tensors: routers and norms of every model there is
 
 # What a model's configuration may count, by key: from 1 (0 for OR_NONE) to far above any model there is.
-LARGEST = {
+_LARGEST = {
     "num_hidden_layers": 1 << 10,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1 << 14),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 1 << 16),
@@ -55,7 +55,7 @@ OR_NONE = (
     *("shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"),
     *("qk_rope_head_dim", "qk_nope_head_dim", "sliding_window"),
 )
-LARGEST |= dict.fromkeys(OR_NONE, 1 << 24)
+_LARGEST |= dict.fromkeys(OR_NONE, 1 << 24)
 # Values of these keys, at any depth, for which transformers has its own code; others name a repository (or stand for
 # one) from which it fetches kernels and runs them.
 BUILT_IN = {"attn": ("eager", "sdpa", "flex_attention"), "experts": ("eager", "grouped_mm", "batched_mm")}
@@ -220,7 +220,7 @@ def _check_key(key: str, value: Any) -> None:
         raise ValueError(f"{key} names other weights ({value!r}) than those that are checked")
     if not isinstance(value, bool | int | float):
         return
-    smallest, largest = int(key not in OR_NONE), LARGEST.get(key)
+    smallest, largest = int(key not in OR_NONE), _LARGEST.get(key)
     if largest is not None and (isinstance(value, bool | float) or not smallest <= value <= largest):
         raise ValueError(f"{key} is {str(value)[:20]}, no whole number from {smallest} to {largest:,}")
     if abs(value) > 1 << 63 and math.isfinite(value):

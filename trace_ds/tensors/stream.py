@@ -98,7 +98,7 @@ class FileHasher:
         self._buffer = memoryview(bytearray(_HASH_BLOCK_BYTES))
         self._path: Path | None = None
 
-    def follow(self, path: Path, end: int) -> None:
+    def update(self, path: Path, end: int) -> None:
         """``path`` is written up to byte ``end``, and every other file is complete."""
         if path != self._path:
             self.finish()
@@ -250,7 +250,7 @@ def run_tasks(
     if total > free:
         problem = f"the result needs {total} bytes, the destination has {free} free"
         raise UserError(problem, str(directory.parent), FREE_SPACE)
-    problems = Streamer(jobs, progress, total).run(tasks, hasher.follow)
+    problems = Streamer(jobs, progress, total).run(tasks, hasher.update)
     named = sorted(zip((task.source.name for task in tasks), problems, strict=True))
     warnings = [f"{name} {problem}" for kind in (NAN, OVERFLOW) for name, problem in named if problem == kind]
     return {"tensors": len(tasks), "bytes": total, "warnings": warnings}

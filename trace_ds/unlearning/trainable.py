@@ -152,17 +152,17 @@ def freeze(model: nn.Module, trained: Trained) -> None:
             parameter.register_hook(torch.zeros_like)
         elif rows is not None:
             experts = autoep.experts_here(model, name, parameter)
-            held = torch.tensor([expert not in rows for expert in experts])
-            parameter.register_hook(_zeroing(held))
+            frozen_E = torch.tensor([expert not in rows for expert in experts])
+            parameter.register_hook(_zeroing(frozen_E))
 
 
-def _zeroing(held_E: torch.Tensor) -> Any:
+def _zeroing(frozen_E: torch.Tensor) -> Any:
     there: dict[torch.device, torch.Tensor] = {}  # copied once: each copy would be waited for
 
     def zero(gradient_EXX: torch.Tensor) -> torch.Tensor:
         device = gradient_EXX.device
         if device not in there:
-            there[device] = held_E.to(device)
+            there[device] = frozen_E.to(device)
         return gradient_EXX.masked_fill(there[device][:, None, None], 0.0)
 
     return zero

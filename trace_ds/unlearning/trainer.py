@@ -158,8 +158,8 @@ def finite_state(engine: Any) -> bool:
     """Whether this rank's weights, and the fp32 partitions and moments of its optimizer, are all finite."""
     weights = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
     state = engine.optimizer.optimizer.state
-    held = [*weights, *state, *(value for entry in state.values() for value in entry.values())]
-    tensors = [value.detach() for value in held if isinstance(value, torch.Tensor) and value.numel()]
+    values = [*weights, *state, *(value for entry in state.values() for value in entry.values())]
+    tensors = [value.detach() for value in values if isinstance(value, torch.Tensor) and value.numel()]
     return all(bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()) for tensor in tensors)
 
 

@@ -48,9 +48,9 @@ class BenchConfig(Section):
             raise ValueError(f"the baseline {self.baseline!r} is not among the methods {', '.join(self.methods)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds holds one number twice")
-        known = {*self.methods, *self.losses, *(f"{a} {b}" for a in self.losses for b in self.methods)}
+        choices = {*self.methods, *self.losses, *(f"{a} {b}" for a in self.losses for b in self.methods)}
         for name in self.grids:
-            if name not in known:
+            if name not in choices:
                 raise ValueError(f"grids names {name!r}, which is no method, loss or 'LOSS METHOD'")
             for key in self.grids[name]:
                 if key not in self.grid:
