@@ -137,7 +137,6 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
         "row_ess_fraction": 0.8,
         "gap_closed": 0.0 if rule == "uniform" else 0.45,
         "iterations": 0 if rule == "uniform" else 23,
-        "moved_targets": [] if rule == "uniform" else [{"layer": 0, "expert": 1, "offered": 0.0417, "reason": "rare"}],
         "max_weight": 6.1,
         "selected": [
             {

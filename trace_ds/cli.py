@@ -284,7 +284,7 @@ def _refuse(options: Mapping[str, object], place: str, fix: str) -> None:
 
 @app.command()
 def report(
-    configs: Annotated[list[str], typer.Argument(help="CONFIG…, or run directories that differ in their seed.")],
+    configs: Annotated[list[str], typer.Argument(help="CONFIG…, or a run directory.")],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,

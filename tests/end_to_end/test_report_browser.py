@@ -31,13 +31,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_run(tmp_path_factory.mktemp("browser") / "run", hostile=HOSTILE)
-    return report(RunDirectory.at(path), [])
+    return report(RunDirectory.at(path))
 
 
 @pytest.fixture(scope="module")
 def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_run(tmp_path_factory.mktemp("large") / "run", layers=48, experts=128, top_k=8)
-    return report(RunDirectory.at(path), [])
+    return report(RunDirectory.at(path))
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ def test_an_altered_artefact_is_one_line(
     path = Path(shutil.copytree(written, tmp_path / "run"))
     altered(path / file, *keys, value=value)
     with pytest.raises(UserError, match=Path(file).name) as error:
-        report(RunDirectory.at(path), [])
+        report(RunDirectory.at(path))
     line = error.value.line()
     assert f"{path / file}: " in line and "Fix: " in line and not (path / "report").exists()
     problems = inspect(path).problems

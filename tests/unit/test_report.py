@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from scipy.stats import sem, t
 
 from tests.fake_run import HOSTILE, STEPS, write_run
 from trace_ds.conversion.card import plain_markdown
 from trace_ds.errors import UserError
 from trace_ds.reporting import page, scores, tables
-from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather, repeats
+from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather
 from trace_ds.reporting.verdict import verdict
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
@@ -35,12 +34,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def render(path: Path) -> str:
     data = gather(path)
-    return page.render_page([data], verdict([data]), tables.all_tables([data]))
+    return page.render_page(data, verdict(data), tables.all_tables(data))
 
 
 def card_of(path: Path) -> str:
     data = gather(path)
-    return model_card_of(data, verdict([data]))
+    return model_card_of(data, verdict(data))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -49,7 +48,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_what_is_written(run: Path) -> None:
     before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
-    names = ("routing", "selected", "sources", "moved_targets", "documents", "curves", "matched", "drift", "attacks")
+    names = ("routing", "selected", "sources", "documents", "curves", "matched", "drift", "attacks")
     tables = {f"{name}.csv" for name in (*names, "scores", "items")}
     assert before.keys() == {"index.html", "scores.json", "model_card.md", "artefact.json", *tables}
     linked = set(re.findall(r'href="([^"#:]+)"', before["index.html"].decode()))
@@ -111,13 +110,13 @@ def test_tasks_that_a_job_did_not_score_on_its_way_are_not_compared(tmp_path: Pa
             point["scores"] = [s for s in point["scores"] if s["task"] in ("elements", "near facts")]
         (place / "curve.json").write_text(json.dumps(curve))
     data = gather(path)
-    part = scores.standing([data], "unlearned", "uniform")
+    part = scores.standing(data, "unlearned", "uniform")
     assert part is not None and part.tasks == ("near facts",)
     after = part.against["after"]
     assert after is not None and after.interval is not None
     variance = (after.mine * (1 - after.mine) + after.base * (1 - after.base)) / 80  # as of different questions
     assert after.interval.high - after.value == pytest.approx(1.96 * np.sqrt(variance), rel=1e-3)
-    assert "By the tasks that were scored on the way: near facts." in " ".join(verdict([data]).lines)
+    assert "By the tasks that were scored on the way: near facts." in " ".join(verdict(data).lines)
 
 
 def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> None:
@@ -137,7 +136,7 @@ def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> N
 
 
 def test_the_verdict_answers_in_words(run: Path) -> None:
-    summary = verdict([gather(run)])
+    summary = verdict(gather(run))
     row = headline_of(run)
     after, low = (100 * float(row[f"mean_utility_after_gain{end}"]) for end in ("", "_low"))
     assert f"it keeps {after:.1f} points more on average once it has forgotten [{low:.1f}, " in summary.sentence
@@ -179,45 +178,10 @@ def test_the_verdict_says_what_is_not_so(tmp_path: Path, changes: dict[str, Any]
     if missing:
         shutil.rmtree(path / missing)
     data = gather(path)
-    text = " ".join(verdict([data]).lines)
+    text = " ".join(verdict(data).lines)
     assert all(word in text for word in words), text
     assert not ("gain" in changes or "forgets" in changes) or "points more" not in text
-    assert "checkpoints" not in changes or "matched" not in tables.all_tables([data])
-
-
-def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
-    paths = [
-        write_run(tmp_path / n, name=n, seed=s, gain=g) for n, s, g in (("a", 0, 0.05), ("b", 1, 0.07), ("c", 2, 0.06))
-    ]
-    text = report(RunDirectory.at(paths[0]), paths[1:]).read_text("utf-8")
-    assert "Means over a, b, c" in text and "3 runs, each with its own seed" in text
-    assert "TRACE is the better one on average in 3 of 3." in text
-    row = headline_of(paths[0])
-    alone = [scores.standing([gather(path)], "unlearned", "uniform") for path in paths]
-    gains = [each.against["after"].value for each in alone]  # type: ignore[union-attr]
-    assert float(row["mean_utility_after_gain"]) == pytest.approx(np.mean(gains), rel=1e-4)
-    low, high = t.interval(0.95, 2, np.mean(gains), sem(gains))
-    assert float(row["mean_utility_after_gain_low"]) == pytest.approx(low, rel=1e-4)
-    assert float(row["mean_utility_after_gain_high"]) == pytest.approx(high, rel=1e-4)
-    result = {(r["model"], r["task"], r["metric"]): r for r in rows_of(paths[0] / "report" / "scores.csv")}
-    assert result["unlearned", "near facts", "accuracy"]["runs"] == "3" and not any(
-        key[0].startswith("b/") for key in result
-    )
-
-
-def test_runs_of_other_files_or_of_the_same_seed_are_no_repetition(tmp_path: Path) -> None:
-    def run_of(name: str, seed: int, model: str) -> RunData:
-        path = write_run(tmp_path / name, name=name, seed=seed)
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        (path / "config.yaml").write_text(yaml.safe_dump({**config, "model": {"path": model}}))
-        return gather(path)
-
-    first = run_of("a", 0, f"{tmp_path}/a/models/base")
-    assert repeats(first, run_of("b", 1, f"{tmp_path}/b/models/base"))  # each its own, made with its seed
-    assert not repeats(first, run_of("c", 2, f"{tmp_path}/a/models/other"))
-    assert not repeats(first, run_of("d", 0, f"{tmp_path}/d/models/base"))
-    with pytest.raises(UserError, match=r"no repetition of .* with another seed"):
-        report(RunDirectory.at(tmp_path / "a"), [tmp_path / "c"])
+    assert "checkpoints" not in changes or "matched" not in tables.all_tables(data)
 
 
 def headline_of(run: Path) -> dict[str, str]:
@@ -253,7 +217,7 @@ def test_forgetting_is_told_by_the_interval_of_the_paired_difference(
     tmp_path: Path, forget: float, after: float, answer: str, words: str
 ) -> None:
     path = write_run(tmp_path / "run", knew=forget, ends=after)
-    summary = verdict([gather(path)])
+    summary = verdict(gather(path))
     assert summary.answers[0].answer == answer and words in summary.sentence
     assert ("uniform weights" in summary.sentence) == (answer in ("Yes", "Not enough"))
     assert words in card_of(path)
@@ -271,7 +235,7 @@ def test_the_headline_of_the_configuration_is_everywhere(tmp_path: Path) -> None
     data = gather(path)
     final = data.evaluations()["unlearned"]
     assert scores.mean_score(final, "utility") == final.value("near facts", "exact_match")
-    text = " ".join(verdict([data]).lines)
+    text = " ".join(verdict(data).lines)
     assert "elements (exact match): " in text and "membership (priv leak): -30 after, -97 before" in text
     assert "near facts (exact match): " in text and "capitals" not in text.partition("Is TRACE")[0]
     card = card_of(path).partition("## All scores")[0]
@@ -306,11 +270,11 @@ def test_missing_stages_are_shown_as_not_run_yet(tmp_path: Path, stages: tuple[s
 
 def test_nothing_at_all_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run directory"):
-        report(RunDirectory.at(tmp_path / "missing"), [])
+        report(RunDirectory.at(tmp_path / "missing"))
     RunDirectory(tmp_path).mark()
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(UserError, match="nothing to report"):
-        report(RunDirectory.at(tmp_path), [])
+        report(RunDirectory.at(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".trace_ds.json", "config.yaml"]
 
 

@@ -6,13 +6,12 @@ import math
 from dataclasses import astuple
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from trace_ds.reporting.gather import Evaluation, Score
+from trace_ds.reporting.gather import Score
 from trace_ds.reporting.intervals import of_score, wilson
 from trace_ds.studies.analysis import Reached, matched, reached
 
@@ -75,18 +74,6 @@ def test_wilson_against_scipy(count: int, of: int) -> None:
     assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
-def test_perplexity_interval_against_a_bootstrap_of_documents() -> None:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(20, 200, 400)
-    nll = tokens * rng.normal(3, 0.4, 400)
-    items = [{"nll": float(a), "tokens": int(b)} for a, b in zip(nll, tokens, strict=True)]
-    score = Score("m", "t", "perplexity", 20.0, int(tokens.sum()), "utility", "lower", None)
-    result = of_score(score, Evaluation("m", [score], {"t": items}))
-    draws = rng.integers(0, 400, (4000, 400))
-    expected = np.quantile(np.exp(nll[draws].sum(1) / tokens[draws].sum(1)), [0.025, 0.975])
-    assert result is not None and [result.low, result.high] == pytest.approx(expected, rel=0.01)
-
-
 def test_scores_that_are_no_mean_over_questions_have_no_interval() -> None:
     for metric, direction, value in (
         ("forget_quality", "higher", 0.2),
@@ -94,7 +81,7 @@ def test_scores_that_are_no_mean_over_questions_have_no_interval() -> None:
         ("x", "higher", 3),
     ):
         score = Score("m", "t", metric, value, 80, "utility", direction, None)
-        assert of_score(score, Evaluation("m", [score], {})) is None
+        assert of_score(score) is None
 
 
 @pytest.mark.parametrize(("steps", "utility", "message"), [([2, 1], [1, 1], "do not increase"), ([1, 2], [1], "util")])

@@ -1,7 +1,7 @@
 """How sure a number is: 95 % intervals of scores from their questions, and of differences from their pairs.
 
 A score's interval says how much another draw of as many questions could move it, and nothing about another training
-run: only several seeds do, by Student's t. Shape legend: I items.
+run: for that there are studies, over seeds by Student's t. Shape legend: I items.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 Z = 1.959964  # standard normal quantile of (1 + LEVEL) / 2
-NO_MEANS = (FORGET_QUALITY, MODEL_UTILITY)  # in 0 … 1, and no mean over questions
+NO_MEANS = (FORGET_QUALITY, MODEL_UTILITY, "perplexity")  # no mean over questions
 ITEM_VALUES: dict[str, Callable[[dict[str, Any]], Any]] = {  # of others the item holds the metric by its name
     "accuracy": lambda item: item["correct"],
     "acc": lambda item: item["correct"],
@@ -65,21 +65,15 @@ def t_interval(values: Sequence[float]) -> Interval:
     return Interval(mean - half, mean + half)
 
 
-def of_score(score: Score, evaluation: Evaluation) -> Interval | None:
-    """From its seeds where there are several, else from its questions; None for a score that is no mean over them."""
-    if len(score.by_seed) > 1:
-        return t_interval(score.by_seed)
-    if "perplexity" in score.metric:
-        return _of_perplexity(evaluation.items.get(score.task) or [])
+def of_score(score: Score) -> Interval | None:
+    """From the number of its questions; None for a score that is no mean over them."""
     if score.direction == "reference" or score.metric in NO_MEANS or not score.n or not 0 <= score.value <= 1:
         return None
     return wilson(score.value, score.n)
 
 
-def of_difference(score: Score, evaluation: Evaluation, other: Score, its: Evaluation) -> Interval | None:
-    """Of a score less that of another model on the same task: paired by seed, else by question."""
-    if len(score.by_seed) > 1:
-        return t_interval([a - b for a, b in zip(score.by_seed, other.by_seed, strict=True)])
+def of_difference(score: Score, evaluation: Evaluation, its: Evaluation) -> Interval | None:
+    """Of a score less that of another model on the same task."""
     return of_mixes([[evaluation], [its]], [score])
 
 
@@ -119,14 +113,3 @@ def item_values(evaluation: Evaluation, task: str, metric: str) -> dict[str, flo
         with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
             values[str(item.get("id"))] = float(read(item))
     return values
-
-
-def _of_perplexity(items: Sequence[dict[str, Any]]) -> Interval | None:
-    """By documents: the mean loss per token is a ratio of two sums, whose error is that of its residuals."""
-    pairs = [(item["nll"], item["tokens"]) for item in items if item.get("nll") is not None and item.get("tokens")]
-    if len(pairs) < 2:
-        return None
-    nll_I, tokens_I = np.array(pairs, dtype=np.float64).T
-    mean = nll_I.sum() / tokens_I.sum()
-    error = math.sqrt(float(((nll_I - mean * tokens_I) ** 2).sum())) / tokens_I.sum()
-    return Interval(math.exp(mean - Z * error), math.exp(mean + Z * error))

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -19,7 +18,7 @@ import yaml
 
 from trace_ds.evaluation.metrics import ARROWS, meaning, metrics_of_rows
 from trace_ds.reporting import scores
-from trace_ds.reporting.gather import BASE_MODEL, Evaluation, RunData, averaged
+from trace_ds.reporting.gather import BASE_MODEL, Evaluation, RunData
 from trace_ds.reporting.tables import Table, item_cells
 from trace_ds.reporting.verdict import Verdict, perplexities
 
@@ -30,11 +29,10 @@ MAX_LIST_ROWS = 60
 MOST_GAINED, MOST_LOST = 10, 4  # sources of the retain text that the page names
 
 
-def render_page(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) -> str:
-    """The page as text. ``runs``: the run, and those that repeat it with other seeds."""
+def render_page(run: RunData, verdict: Verdict, tables: dict[str, Table]) -> str:
+    """The page as text."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    run, whole = runs[0], averaged(runs)
     names = {arm.label: arm.title for arm in run.arms}
     models = list(run.evaluations())
     main = next((arm.label for arm in run.arms if arm.is_trace and arm.label in models), models[-1] if models else "")
@@ -56,12 +54,11 @@ def render_page(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Tab
     rows = {name: table.rows() for name, table in tables.items()}
     return environment.get_template("page.html.j2").render(
         style=style, script=script, style_hash=_csp_hash(style), script_hash=_csp_hash(script),
-        data=escape_json(payload(whole, tables, names)),
+        data=escape_json(payload(run, tables, names)),
         run=run,
         verdict=verdict,
         tables=tables,
         rows=rows,
-        repeats=[each.name for each in runs] if len(runs) > 1 else [],
         examples=[
             (title, shown)
             for role, title in (("forget", "To be forgotten"), ("utility", "To be kept"))
@@ -70,8 +67,8 @@ def render_page(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Tab
         models=models,
         main=main,
         perplexity=perplexities(run),
-        facts=facts(runs),
-        score_table=score_table(rows["scores"], whole) if "scores" in rows else None,
+        facts=facts(run),
+        score_table=score_table(rows["scores"], run) if "scores" in rows else None,
         attack_table=attack_table(rows["attacks"]) if "attacks" in rows else None,
         source_rows=source_rows(rows.get("sources", [])),
         warnings=_warnings(run),
@@ -136,9 +133,8 @@ def _task(evaluation: Evaluation, role: str) -> str | None:
     return next((task for kind in ("continuation", "predicted") for task in first if kind in first[task]), None)
 
 
-def facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+def facts(run: RunData) -> list[tuple[str, str]]:
     """The model, data and machine: names and values, as far as they are known (settings: the configuration)."""
-    run = runs[0]
     job, side, path = run.job, run.retain or run.forget, str((run.config.get("model") or {}).get("path") or "")
     layers, experts = side.counts_LE.shape if side else (0, 0)
     kind = "CPU processes" if "cpu" in run.versions.get("torch", "") else "GPUs"
@@ -155,7 +151,7 @@ def facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
         "Unlearning": [str(settings.get("forget_loss") or ""), f"{steps} steps" if steps else ""],
         "Retain weights": [f"{arm.title}: {arm.rule}" for arm in run.arms if arm.rule],
         "Machine": [text.format(job[key]) for key, text in machine.items() if job.get(key) is not None],
-        "Seeds" if len(runs) > 1 else "Seed": [str(each.config["seed"]) for each in runs if "seed" in each.config],
+        "Seed": [str(run.config["seed"])] if "seed" in run.config else [],
     }
     texts = {name: ", ".join(part for part in parts if part) for name, parts in parts_of.items()}
     return [(name, text) for name, text in texts.items() if text]

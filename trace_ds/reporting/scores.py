@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trace_ds.evaluation.metrics import ARROWS, FORGET_QUALITY
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
-from trace_ds.reporting.intervals import Interval, of_difference, of_mixes, of_score, t_interval
+from trace_ds.reporting.intervals import Interval, of_difference, of_mixes, of_score
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -133,11 +133,11 @@ def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
         if metric == FORGET_QUALITY:
             band = None
         elif reference is not None and gold is not None:
-            band = of_difference(before, original, reference, gold)
-        elif (band := of_score(before, original)) is not None:
+            band = of_difference(before, original, gold)
+        elif (band := of_score(before)) is not None:
             band = Interval(band.low - target.level, band.high - target.level)
         gap = Difference(remaining(before), target.level, band)
-        fall = Difference(remaining(before), remaining(after), of_difference(before, original, after, final))
+        fall = Difference(remaining(before), remaining(after), of_difference(before, original, final))
         outcome: TaskChange = "forgotten" if remaining(after) <= target.level + _TOLERANCE else "partly"
         if gap.sign <= 0 or gap.value < NEGLIGIBLE:
             outcome = "nothing"
@@ -211,39 +211,31 @@ def trajectory(run: RunData, label: str | None) -> Trajectory | None:
 
 @dataclass(frozen=True)
 class Standing:
-    """An arm at matched forgetting and at the end, mean over its runs; by moment of :data:`SCORING_MOMENTS`."""
+    """An arm at matched forgetting and at the end; by moment of :data:`SCORING_MOMENTS`."""
 
     label: str
-    step: float | None  # the first scored one at the target; None where a run was not scored on the way or never met it
-    spacing: int  # how many steps before it the one before was scored (the most, over the runs)
+    step: int | None  # the first scored one at the target; None where it was not scored on the way or never met it
+    spacing: int  # how many steps before it the one before was scored
     utility: dict[str, float | None]
-    against: dict[str, Difference | None]  # beside the baseline, paired by question within a run, by seed over several
+    against: dict[str, Difference | None]  # beside the baseline, paired by question
     late: bool  # whether it was scored on the way and never met the target
-    better: int  # in how many runs it is above the baseline on average after the first step at the target
     tasks: tuple[str, ...]  # by which utility is compared
 
 
-def standing(runs: Sequence[RunData], label: str, baseline: str | None) -> Standing | None:
-    """One arm of runs that repeat each other; None where a run has no scores of it."""
-    mine = [each for run in runs if (each := trajectory(run, label)) is not None]
-    if len(mine) < len(runs):
+def standing(run: RunData, label: str, baseline: str | None) -> Standing | None:
+    """One arm of a run; None where no model of it has been scored."""
+    mine, base = trajectory(run, label), None if baseline == label else trajectory(run, baseline)
+    if mine is None:
         return None
-    base = [None if baseline == label else trajectory(run, baseline) for run in runs]
-    utility: dict[str, float | None] = {}
-    pairs: dict[str, list[Difference | None]] = {}
-    for moment in SCORING_MOMENTS:
-        sides = [(each.at(moment), other and other.at(moment)) for each, other in zip(mine, base, strict=True)]
-        utility[moment] = _mean_of([None if models is None else _utility(models) for models, _ in sides])
-        pairs[moment] = [difference(models, others) if models and others else None for models, others in sides]
+    sides = {moment: (mine.at(moment), base.at(moment) if base else None) for moment in SCORING_MOMENTS}
     return Standing(
         label,
-        _mean_of([None if each.first is None else each.steps[each.first] for each in mine]),
-        max(each.spacing for each in mine),
-        utility,
-        {moment: over_runs(differences) for moment, differences in pairs.items()},
-        any(each.on_the_way and each.first is None for each in mine),
-        sum(pair is not None and pair.value > 0 for pair in pairs["after"]),
-        tuple(score.task for score in role_scores(mine[0].models[-1], "utility")),
+        None if mine.first is None else mine.steps[mine.first],
+        mine.spacing,
+        {moment: _utility(models) if models else None for moment, (models, _) in sides.items()},
+        {moment: difference(a, b) if a and b else None for moment, (a, b) in sides.items()},
+        mine.on_the_way and mine.first is None,
+        tuple(score.task for score in role_scores(mine.models[-1], "utility")),
     )
 
 
@@ -255,17 +247,6 @@ def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation]) -> Differ
     if values[0] is None or values[1] is None:
         return None
     return Difference(values[0], values[1], of_mixes([mine, base], role_scores(mine[-1], "utility")))
-
-
-def over_runs(differences: Sequence[Difference | None]) -> Difference | None:
-    """The mean difference of runs, of several with Student's t interval; None unless all have one."""
-    measured = [each for each in differences if each is not None]
-    if len(measured) < len(differences) or len(measured) == 1:
-        return differences[0] if len(differences) == 1 else None
-    mine, base = (
-        math.fsum(values) / len(measured) for values in zip(*((d.mine, d.base) for d in measured), strict=True)
-    )
-    return Difference(mine, base, t_interval([each.value for each in measured]))
 
 
 def _with_tasks(evaluation: Evaluation, tasks: set[str]) -> Evaluation:

@@ -92,7 +92,6 @@ class DiagnosisShape(TypedDict, total=False):
     rule: str | None
     selected: Rows
     share_by_source: Rows
-    moved_targets: Rows
     top_documents: Rows
     warnings: list[str] | None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.reporting.gather import RunData, averaged
+from trace_ds.reporting.gather import RunData
 from trace_ds.reporting.intervals import Interval, of_difference, of_score
 from trace_ds.reporting.scores import SCORING_MOMENTS, arm_points, excess, mean_score, standing, targets
 
@@ -55,17 +55,15 @@ def make(header: Iterable[str], rows: Iterable[Sequence[Any]]) -> Table:
     return Table({key: [row[index] for row in plain] for index, key in enumerate(names)})
 
 
-def all_tables(runs: Sequence[RunData]) -> dict[str, Table]:
-    """Every table by name, of a run and those that repeat it with other seeds; one without data is left out."""
-    run = averaged(runs)
+def all_tables(run: RunData) -> dict[str, Table]:
+    """Every table by name; one without data is left out."""
     tables = {
         "routing": _routing(run),
         "selected": selected_experts(run),
         "sources": sources(run),
-        "moved_targets": _from_diagnosis(run, "moved_targets", ["layer", "expert", "offered", "reason"]),
         "documents": _from_diagnosis(run, "top_documents", ["document", "source", "weight", "tokens", "text_start"]),
         "curves": curves(run),
-        "matched": matched_forgetting(runs),
+        "matched": matched_forgetting(run),
         "drift": drift(run),
         "attacks": attacks(run),
         "scores": scores(run),
@@ -149,18 +147,18 @@ def curves(run: RunData) -> Table:
     return make(["arm", "rule", "step", "model", "forget", "forget_excess", "utility"], rows)
 
 
-def matched_forgetting(runs: Sequence[RunData]) -> Table:
-    """Utility at matched forgetting, mean over the runs, and the difference to uniform weights."""
+def matched_forgetting(run: RunData) -> Table:
+    """Utility at matched forgetting, and the difference to uniform weights."""
     rows: list[list[Any]] = []
-    for arm in runs[0].arms:
-        result = standing(runs, arm.label, runs[0].baseline.label if runs[0].baseline else None)
+    for arm in run.arms:
+        result = standing(run, arm.label, run.baseline.label if run.baseline else None)
         if result is not None and (result.step is not None or result.late):
             numbers: list[Any] = []
             for at in SCORING_MOMENTS:
                 gap = result.against[at]
                 numbers += [result.utility[at], gap and gap.value, *_ends(gap.interval if gap else None)]
-            rows.append([arm.label, arm.rule, len(runs), result.step, result.spacing, *numbers])
-    header = ["arm", "rule", "runs", "first_step", "steps_between_scores"]
+            rows.append([arm.label, arm.rule, result.step, result.spacing, *numbers])
+    header = ["arm", "rule", "first_step", "steps_between_scores"]
     for column in ("utility_at_first", "mean_utility_after", "utility_at_end"):
         header += [column, f"{column}_gain", f"{column}_gain_low", f"{column}_gain_high"]
     return make(header, rows)
@@ -198,11 +196,11 @@ def scores(run: RunData) -> Table:
             other = base.find(s.task, s.metric) if base and base is not evaluation else None
             gain, near = None, None
             if other is not None and base is not None:
-                gain, near = s.value - other.value, of_difference(s, evaluation, other, base)
-            numbers = [s.value, *_ends(of_score(s, evaluation)), gain, *_ends(near), s.n, s.chance]
-            rows.append([name, s.task, s.metric, s.role, s.direction, *numbers, len(s.by_seed) or 1, s.headline])
+                gain, near = s.value - other.value, of_difference(s, evaluation, base)
+            numbers = [s.value, *_ends(of_score(s)), gain, *_ends(near), s.n, s.chance]
+            rows.append([name, s.task, s.metric, s.role, s.direction, *numbers, s.headline])
     header = ["model", "task", "metric", "role", "direction", "value", "low", "high", "gain", "gain_low", "gain_high"]
-    return make([*header, "n", "chance", "runs", "headline"], rows)
+    return make([*header, "n", "chance", "headline"], rows)
 
 
 def _ends(band: Interval | None) -> list[float | None]:

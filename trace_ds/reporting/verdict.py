@@ -1,19 +1,17 @@
 """What a run shows, in words: one sentence and the answers to four questions, for page, model card and terminal.
 
-    verdict([gather(Path("runs/mine"))]).sentence
+    verdict(gather(Path("runs/mine"))).sentence
 
 Scores are given in points, 0 to 100. Every number is computed from the artefacts, of models that were scored; a method
-that does not win is said not to. Runs that differ only in their seed are one: means, Student's t, differences paired by
-seed.
+that does not win is said not to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trace_ds.evaluation.metrics import FORGET_QUALITY
-from trace_ds.reporting.gather import Evaluation, RunData, Score, averaged
+from trace_ds.reporting.gather import Evaluation, RunData, Score
 from trace_ds.reporting.intervals import Interval, of_score
 from trace_ds.reporting.scores import (
     Difference,
@@ -23,7 +21,6 @@ from trace_ds.reporting.scores import (
     forgotten,
     mean_score,
     outcome_of,
-    over_runs,
     role_scores,
     standing,
 )
@@ -43,12 +40,9 @@ FORGOT: dict[TaskChange | None, tuple[str, str, str]] = {  # the sentence's word
     "partly": (" did not forget enough", "Not enough", "It fell, and is still above the target."),
     "forgotten": (" forgot what it should", "Yes", ""),
 }
-ONE_RUN: tuple[str, tuple[str, ...]] = (
-    "One run: not very",
-    (
-        "Brackets: 95 % intervals from the number of questions. Another training run can differ by more.",
-        "One seed is no proof: repeat with other seeds before you believe a difference.",
-    ),
+HOW_SURE = (
+    "Brackets: 95 % intervals from the number of questions. Another training run can differ by more.",
+    "One seed is no proof: repeat with other seeds (`trace-ds bench`) before you believe a difference.",
 )
 
 
@@ -72,33 +66,27 @@ class Verdict:
         return [self.sentence, *(f"{a.question} {a.answer}. {' '.join(a.details)}" for a in self.answers)]
 
 
-def verdict(runs: Sequence[RunData]) -> Verdict:
-    """What a run shows, together with those that repeat it with other seeds."""
-    run = runs[0]
+def verdict(run: RunData) -> Verdict:
+    """What a run shows."""
     finals = [arm for arm in run.arms if arm.final is not None]
     if "original" not in run.references or not finals:
         return Verdict(
             "Nothing to conclude yet: the original and at least one unlearned model must be evaluated first."
         )
     main = next((arm for arm in finals if arm.is_trace), finals[0])
-    baseline, whole = run.baseline, averaged(runs)
-    outcome, words, answer = _forgot(whole, main.label)
-    parts = [(words, answer), _cost(runs, whole, main.label, baseline.label if baseline else None)]
-    better = ""
+    baseline = run.baseline
+    outcome, words, answer = _forgot(run, main.label)
+    parts = [(words, answer), _cost(run, main.label, baseline.label if baseline else None)]
     if baseline is not None and main.is_trace and outcome not in ("nothing", "kept"):
-        mine, base = (standing(runs, arm.label, baseline.label) for arm in (main, baseline))
+        mine, base = (standing(run, arm.label, baseline.label) for arm in (main, baseline))
         if mine is not None and base is not None and mine.utility["end"] is not None:
-            parts.append(_against(mine, base, len(role_scores(_final(whole, main.label), "utility"))))
-            better = f" TRACE is the better one on average in {mine.better} of {len(runs)}."
+            parts.append(_against(mine, base, len(role_scores(_final(run, main.label), "utility"))))
     words = "TRACE" if main.is_trace else f"{main.label} ({main.rule or 'unknown'} weights)"
     words += "".join(part for part, _ in parts)
     if baseline is None or not main.is_trace:
         words += f"; no {'uniform' if main.is_trace else 'TRACE-weighted'} run stands beside it"
-    sure, why = ONE_RUN
-    if len(runs) > 1:
-        text = f"Means over runs; brackets: 95 % intervals (Student's t), differences paired by seed.{better}"
-        sure, why = f"{len(runs)} runs, each with its own seed", (text,)
-    return Verdict(words + ".", (*(answer for _, answer in parts), Answer("How sure is that?", sure, why)))
+    sure = Answer("How sure is that?", "One run: not very", HOW_SURE)
+    return Verdict(words + ".", (*(answer for _, answer in parts), sure))
 
 
 def _forgot(run: RunData, label: str) -> tuple[TaskChange | None, str, Answer]:
@@ -112,7 +100,7 @@ def _forgot(run: RunData, label: str) -> tuple[TaskChange | None, str, Answer]:
         if each.after.metric == FORGET_QUALITY:  # a p-value: as it is
             after, before, level = f"{each.after.value:.3g}", f"{each.before.value:.3g}", "is"
         else:
-            after = f"{100 * each.after.value:.1f}{_band(of_score(each.after, final))} of 100"
+            after = f"{100 * each.after.value:.1f}{_band(of_score(each.after))} of 100"
             before, level = f"{100 * each.before.value:.1f}", f"is at most {100 * each.target.level:.1f},"
         details.append(f"{_name(each.after)}: {after} after, {before} before; forgotten {level} {each.target.origin}.")
     for score in final.headline("forget"):  # best at a reference: shown, and in no mean
@@ -123,10 +111,10 @@ def _forgot(run: RunData, label: str) -> tuple[TaskChange | None, str, Answer]:
     return outcome, words, Answer("Did it forget?", answer, (*details, *([note] if note else [])))
 
 
-def _cost(runs: Sequence[RunData], run: RunData, label: str, baseline: str | None) -> tuple[str, Answer]:
+def _cost(run: RunData, label: str, baseline: str | None) -> tuple[str, Answer]:
     question, final = "What did it cost?", _final(run, label)
     before, after = (mean_score(model, "utility") for model in (run.references["original"], final))
-    change = over_runs([difference([_final(r, label)], [r.references["original"]]) for r in runs])
+    change = difference([final], [run.references["original"]])
     if before is None or after is None or change is None:
         note = "No utility task was evaluated, so what the forgetting cost is unknown."
         return ", at a cost that was not measured", Answer(question, "Not measured", (note,))
@@ -168,8 +156,7 @@ def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
     near = f"{mine.spacing} steps after the score before it" if mine.spacing else "the first one scored"
     details = [
         f"On average once forgotten: {_sides(after)}.",
-        f"At the first scored step that had forgotten ({mine.step:.0f} against {base.step:.0f}; {near}): "
-        f"{_sides(first)}.",
+        f"At the first scored step that had forgotten ({mine.step} against {base.step}; {near}): {_sides(first)}.",
     ]
     if len(mine.tasks) < tasks:
         details.append(f"By the tasks that were scored on the way: {', '.join(mine.tasks)}.")

@@ -413,13 +413,15 @@ def _run_as_rank(stage: Stage, request: Request) -> int:
 
 
 def report_command(paths: list[Path]) -> int:
-    """``trace-ds report RUN [RUN …]``: a run, with those that repeat it with other seeds."""
+    """``trace-ds report RUN``."""
     from trace_ds.stages.report import report
 
-    run = RunDirectory.at(paths[0])
-    for path in paths:
-        if not (path / "config.yaml").is_file():
-            raise UserError("this is not a run directory (no config.yaml)", str(path), "give run directories")
-    with locked(run):
-        report(run, paths[1:])
+    if len(paths) > 1:
+        raise UserError(
+            "a report is of one run", str(paths[1]), "runs of several seeds are compared by `trace-ds bench`"
+        )
+    if not (paths[0] / "config.yaml").is_file():
+        raise UserError("this is not a run directory (no config.yaml)", str(paths[0]), "give a run directory")
+    with locked(run := RunDirectory.at(paths[0])):
+        report(run)
     return 0

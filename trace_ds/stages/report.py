@@ -1,7 +1,6 @@
-"""``trace-ds report CONFIG [RUN ...]``: one self-contained page, its CSV files, scores and a model card.
+"""``trace-ds report CONFIG``: one self-contained page, its CSV files, scores and a model card.
 
     trace-ds report runs/mine
-    trace-ds report runs/seed_0 runs/seed_1   # runs that differ in their seed only: their means, with intervals
 
 Reads artefacts only, so it can be run at any time: what is not there yet is shown as not run yet. Writes
 ``RUN/report/{index.html, scores.json, model_card.md, *.csv, artefact.json}``, replaced as a whole.
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trace_ds import __version__
 from trace_ds.conversion.card import LIMITS, model_card, model_name, plain_markdown, table
-from trace_ds.reporting.gather import BASE_MODEL, averaged, gather, gather_repeats
+from trace_ds.reporting.gather import BASE_MODEL, gather
 from trace_ds.reporting.scores import headline_table
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory, unwritable
@@ -61,27 +60,23 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> ReportJob:
     return ReportJob(config, run)
 
 
-def report(run: RunDirectory, others: list[Path] | None = None) -> Path:
+def report(run: RunDirectory) -> Path:
     """Write the report of a run; returns the page's path.
 
-    Args:
-        others: runs that differ from it in their seed only.
-
     Raises:
-        UserError: a run directory is missing, holds nothing at all or differs in more than its seed, an artefact is
-            damaged, or the report cannot be written; an existing report is left as it was.
+        UserError: the run directory is missing or holds nothing at all, an artefact is damaged, or the report cannot be
+            written; an existing report is left as it was.
     """
     from trace_ds.reporting import page, scores, tables
     from trace_ds.reporting.verdict import verdict
 
     run.require_ours()
     data = gather(run.path)
-    runs = [data, *gather_repeats(data, others or [])]
-    whole, all_tables, summary = averaged(runs), tables.all_tables(runs), verdict(runs)
+    all_tables, summary = tables.all_tables(data), verdict(data)
     files: dict[str, str] = {
-        "index.html": page.render_page(runs, summary, all_tables),
-        "scores.json": json.dumps(scores.score_records(whole), indent=1, ensure_ascii=False) + "\n",
-        "model_card.md": model_card_of(whole, summary),
+        "index.html": page.render_page(data, summary, all_tables),
+        "scores.json": json.dumps(scores.score_records(data), indent=1, ensure_ascii=False) + "\n",
+        "model_card.md": model_card_of(data, summary),
         **{f"{name}.csv": table.to_csv() for name, table in all_tables.items()},
     }
     try:
@@ -132,7 +127,7 @@ def report_summary(run: RunDirectory) -> tuple[Table, str]:
     from trace_ds.reporting.verdict import verdict
 
     data = gather(run.path)
-    return scores.summary_table(data), "\n".join(verdict([data]).lines)
+    return scores.summary_table(data), "\n".join(verdict(data).lines)
 
 
 def _write(run: RunDirectory, files: dict[str, str]) -> None:
