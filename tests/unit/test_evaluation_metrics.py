@@ -206,8 +206,8 @@ def test_knowmem_equals_brute_force(model: LanguageModel) -> None:
         assert score == max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in item.answers)
     assert outcome.by_source()["s1"] == {"n": 2, "rouge_l": pytest.approx(outcome.columns["rouge_l"][1::2].mean())}
     assert (
-        kinds.cut_tokens("because\nof it\n\nand more") == "because\nof it"
-        and kinds.cut_tokens("because\nQuestion: x") == "because"
+        kinds.cut_answer("because\nof it\n\nand more") == "because\nof it"
+        and kinds.cut_answer("because\nQuestion: x") == "because"
     )
 
 

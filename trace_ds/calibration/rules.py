@@ -252,7 +252,7 @@ def weigh_tokens(request: WeightRequest, trace: Trace | None, spool: Path) -> Ru
     )
 
 
-def literal(request: WeightRequest, trace: Trace) -> Scorer:
+def literal_scores(request: WeightRequest, trace: Trace) -> Scorer:
     """Log of the mean clipped p^F/p^R over the detected experts that a token selects, 0 where it selects none."""
     clip, scope_LE, packing = request.config.clip, request.scope_LE, trace.packing(request.scope_LE.shape[1])
     ratio_LE = np.clip(request.forget_LE / np.maximum(request.retain_LE, 1e-300), 1.0 / clip, clip)
@@ -266,7 +266,7 @@ def literal(request: WeightRequest, trace: Trace) -> Scorer:
 
 
 # Rules of tokens that are no raking: what prepares the log-weight of a token from the request and the trace.
-TOKEN_RULES: dict[str, Callable[[WeightRequest, Trace], Scorer]] = {"literal": literal}
+TOKEN_RULES: dict[str, Callable[[WeightRequest, Trace], Scorer]] = {"literal": literal_scores}
 
 
 @dataclass(frozen=True)

@@ -268,9 +268,9 @@ def hub_checks(written: Config, run_dir: Path | None) -> Iterator[Check]:
     """What the configuration as ``written`` names on the hub is in the caches, models at the commit fetched for this
     run."""
     from trace_ds.run.directory import RunDirectory
-    from trace_ds.stages.fetch import look
+    from trace_ds.stages.fetch import cached_resources
 
-    for item in look(written, None if run_dir is None else RunDirectory.at(run_dir)):
+    for item in cached_resources(written, None if run_dir is None else RunDirectory.at(run_dir)):
         detail = f"{item.name} " + (f"in {item.place}" if item.place else "is not in the cache")
         yield judged("hub", item.key, item.place is not None, detail, "trace-ds fetch CONFIG")
 

@@ -39,7 +39,7 @@ from trace_ds.cluster.job import ClusterSpec
 from trace_ds.cluster.plan import RunPlan, plan
 from trace_ds.cluster.submit import site_file
 from trace_ds.config.schema import Config
-from trace_ds.corpora.sources import only_looking
+from trace_ds.corpora.sources import cache_only
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
 from trace_ds.stages.fetch import with_cached
@@ -61,7 +61,7 @@ SIZE_BYTES, REPEATS = 1 << 25, 5  # of a timed collective
 
 def doctor(config: Config | None, run_dir: Path | None, json: bool) -> int:
     """Print the report; 0 when nothing is MISS, else 1. Of a job's ranks the main one prints."""
-    with only_looking():
+    with cache_only():
         results = check_job(config, run_dir) if launched() else run_checks(config, run_dir)
     if results is None:
         return 0

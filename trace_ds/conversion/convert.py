@@ -146,7 +146,7 @@ def convert_checkpoint(
         report = {"format": _FORMAT, "source": source_facts(plan.checkpoint), "max_shard_size": request.max_shard_size}
         tensors = fused_to_hub(plan.layout, plan.fused)
         dtypes = {name: plan.dtype_of(name, tensor) for name, tensor in tensors.items()}
-        tasks = place(tensors, dtypes, parse_size(request.max_shard_size), work)
+        tasks = create_shards(tensors, dtypes, parse_size(request.max_shard_size), work)
         copy_companions(plan.base_model, work, plan.dtype)
         hasher = FileHasher()
         report |= run_tasks(tasks, work, request.jobs, progress, hasher)
@@ -363,7 +363,7 @@ def parse_size(text: str, where: str = "max_shard_size") -> int:
     return size
 
 
-def place(
+def create_shards(
     tensors: Mapping[str, TensorSource], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int, directory: Path
 ) -> list[CopyTask]:
     """Make the shards at their full length (sparse) with their headers, and the index if there are several; returned is

@@ -127,7 +127,7 @@ _looking: ContextVar[bool] = ContextVar("looking", default=False)
 
 
 @contextlib.contextmanager
-def only_looking() -> Iterator[None]:
+def cache_only() -> Iterator[None]:
     """Inside, nothing is asked of the hub: data sets are what the cache has of them."""
     token = _looking.set(True)
     try:

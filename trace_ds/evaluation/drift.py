@@ -117,7 +117,7 @@ def sample_routing(
     return RoutingSample(np.concatenate(language_model.shared_out(list(range(0, rows, step)), choices, report)), rows)
 
 
-def compare_routing(data: Artefact, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:
+def routing_samples(data: Artefact, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:
     """How a model routes the first rows of both corpora."""
     samples = {}
     for side in _SIDES:

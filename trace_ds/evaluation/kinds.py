@@ -191,7 +191,7 @@ def prompt_of(question: str, examples: list[QuestionItem]) -> str:
     return f"{shots}Question: {question}\nAnswer: "
 
 
-def cut_tokens(text: str) -> str:
+def cut_answer(text: str) -> str:
     """The answer proper: what comes before the model goes on to another question."""
     for end in ENDS:
         text = text.split(end)[0]
@@ -209,7 +209,7 @@ def evaluate_knowmem(
     prompts = [model.encode(prompt_of(item.question, examples)) for item in items]
     for item, ids in zip(items, prompts, strict=True):
         model.check_length(len(ids) + NEW_TOKENS, f"{where} item {item.id}")
-    answers = list(map(cut_tokens, model.decode(model.continue_greedily(prompts, [NEW_TOKENS] * len(items), advance))))
+    answers = list(map(cut_answer, model.decode(model.continue_greedily(prompts, [NEW_TOKENS] * len(items), advance))))
     pairs = zip(items, answers, strict=True)
     columns = {"rouge_l": np.array([max(rouge_l(answer, given) for answer in item.answers) for item, given in pairs])}
     questions, references = [item.question for item in items], [item.answers[0] for item in items]
@@ -217,7 +217,7 @@ def evaluate_knowmem(
     return Outcome(columns, logs, [item.source for item in items])
 
 
-def strength(is_argmax: np.ndarray) -> float:
+def extraction_strength(is_argmax: np.ndarray) -> float:
     """1 − k/n, k the shortest beginning of a text of n tokens after which greedy decoding gives all the rest, from
     whether each token is the model's first guess (bool [n], n >= 1). 0: not even the last one is; 1: the whole text
     comes from nothing but the start token. Reference: Carlini et al., *Extracting Training Data from Large Language
@@ -238,7 +238,7 @@ def evaluate_extraction(
     if not usable:
         raise UserError("no text has two tokens", where, "an extraction of nothing: add text")
     scores = model.score([sequence for _, sequence in usable], advance)
-    strength_I = np.array([strength(score.is_argmax) for score in scores])
+    strength_I = np.array([extraction_strength(score.is_argmax) for score in scores])
     logs = [
         {
             "id": str(number),

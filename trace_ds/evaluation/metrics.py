@@ -109,7 +109,7 @@ def direction(metric: str, role: str) -> str:
     return shows if shows == "reference" else "higher" if (shows == "knowledge") == (role == "utility") else "lower"
 
 
-def metrics_of_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def distinct_scores(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One score per (task, metric), forget tasks first, else in the order of their first appearance."""
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
@@ -118,13 +118,13 @@ def metrics_of_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(first.values(), key=lambda score: score["role"] != "forget")
 
 
-def change(results: list[dict[str, Any]], before: str, after: str) -> str:
+def score_changes(results: list[dict[str, Any]], before: str, after: str) -> str:
     """Each task's first score of two of the models, in one line."""
     named = {result["model"]: result for result in results}
-    first = {score["task"]: score["metric"] for score in reversed(metrics_of_rows(results))}
+    first = {score["task"]: score["metric"] for score in reversed(distinct_scores(results))}
     changes = [
         f"{task} {' → '.join(_text(_value(named[name], task, first[task])) for name in (before, after))}"
-        for task in dict.fromkeys(score["task"] for score in metrics_of_rows(results))
+        for task in dict.fromkeys(score["task"] for score in distinct_scores(results))
         if before in named and after in named
     ]
     return ", ".join(changes)

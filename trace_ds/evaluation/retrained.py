@@ -46,7 +46,7 @@ import numpy as np
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import MembershipItem, TofuItem, beginning
-from trace_ds.evaluation.kinds import Outcome, cut_tokens, item_logs
+from trace_ds.evaluation.kinds import Outcome, cut_answer, item_logs
 from trace_ds.evaluation.language_model import Advance, LanguageModel, Sequence, TokenScores
 from trace_ds.evaluation.metrics import ASSUMED_AUC, FORGET_QUALITY, MODEL_UTILITY, PRIV_LEAK
 
@@ -169,7 +169,7 @@ def evaluate_tofu(
     for item, prompt_ids in zip(items, ids, strict=True):
         model.check_length(len(prompt_ids) + max_new_tokens, f"{where} item {item.id}")
     continuations = model.continue_greedily(ids, [max_new_tokens] * len(items), advance)
-    answers = [cut_tokens(text).strip() for text in model.decode(continuations)]
+    answers = [cut_answer(text).strip() for text in model.decode(continuations)]
     references = [item.answer for item in items]
     ratios_I = np.array([truth_ratio(each[1], np.array(each[2:])) for each in likely])
     shares = [1.0 if item.paraphrase else each[0] + sum(each[2:]) for item, each in zip(items, likely, strict=True)]

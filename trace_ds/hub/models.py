@@ -24,13 +24,13 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ASK_TIMEOUT_S = 20
 
 
-def cached(name: HubName, expected: str | None = None) -> Path | None:
+def cached_model(name: HubName, expected: str | None = None) -> Path | None:
     """The folder of ``name`` in the cache, without a look at the hub; None when nothing of it is there.
 
     Files may be missing in it: whoever reads them says which.
 
     Args:
-        expected: as in :func:`bring`.
+        expected: as in :func:`download_model`.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -40,7 +40,7 @@ def cached(name: HubName, expected: str | None = None) -> Path | None:
         return None
 
 
-def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None = None) -> Path:
+def download_model(name: HubName, key: str, *, weights: bool = True, expected: str | None = None) -> Path:
     """The folder of ``name`` in the cache, whole: what is missing is downloaded.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from trace_ds.evaluation.metrics import ARROWS, meaning, metrics_of_rows
+from trace_ds.evaluation.metrics import ARROWS, distinct_scores, meaning
 from trace_ds.reporting import scores
 from trace_ds.reporting.gather import BASE_MODEL, Evaluation, RunData
 from trace_ds.reporting.tables import Table, item_cells
@@ -168,7 +168,7 @@ def score_table(rows: list[dict[str, Any]], run: RunData) -> dict[str, Any]:
     """(task, metric) × models, the headline first, of each part the forget tasks first; and what the metrics mean."""
     values = {(row["model"], row["task"], row["metric"]): row for row in rows}
     models = list(dict.fromkeys(row["model"] for row in rows))
-    heads = sorted(metrics_of_rows([{"scores": rows}]), key=lambda row: not row["headline"])
+    heads = sorted(distinct_scores([{"scores": rows}]), key=lambda row: not row["headline"])
     lines = [
         row
         | {"arrow": ARROWS.get(row["direction"], "")}

@@ -19,7 +19,7 @@ from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task, read_tasks
-from trace_ds.evaluation.metrics import change
+from trace_ds.evaluation.metrics import score_changes
 from trace_ds.evaluation.subjects import (
     EVALUATION_FORMAT,
     Subject,
@@ -103,7 +103,7 @@ class EvaluateJob:
                 _on_main(world, lambda: _refer_to_retrained(self, log))
                 if is_main and scored:
                     results = [read_object(self.result_path(name), "the result", "") for name in self.identities]
-                    log.done(f"{len(results)} models: {change(results, ORIGINAL, UNLEARNED) or 'no tasks'}")
+                    log.done(f"{len(results)} models: {score_changes(results, ORIGINAL, UNLEARNED) or 'no tasks'}")
                 elif is_main:
                     already_done("evaluate", self.place)
         except OSError as error:
@@ -257,7 +257,7 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
             diverged = result is not None and result["diverged"]
             if measures_drift and name in (ORIGINAL, UNLEARNED) and not diverged:
                 assert job.data is not None
-                routing = drift.compare_routing(job.data, model, log)
+                routing = drift.routing_samples(job.data, model, log)
                 if name == ORIGINAL:
                     original_routing = routing
                 elif result is not None and original_routing:

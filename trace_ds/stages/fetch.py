@@ -61,7 +61,7 @@ def fetch(config: Config, run: RunDirectory, *, dry_run: bool = False) -> int:
         UserError: something does not exist, is not for this user, or cannot be reached; nothing is recorded then.
     """
     if dry_run:
-        _show(list(look(config, run)))
+        _show(list(cached_resources(config, run)))
         return 0
     with locked(run):
         run.clear_leftovers()
@@ -81,11 +81,11 @@ def fetch(config: Config, run: RunDirectory, *, dry_run: bool = False) -> int:
 def _download(config: Config) -> Iterator[Resource]:
     from trace_ds.corpora.sources import open_table
     from trace_ds.evaluation.harness import fetch_task
-    from trace_ds.hub.models import bring, downloaded_bytes
+    from trace_ds.hub.models import download_model, downloaded_bytes
 
     for key, name in hub_names(config, "fetch").items():
         print(f"[fetch] {key}: {name}", flush=True)
-        folder = bring(name, key, weights=_needs_weights(key, "fetch"))
+        folder = download_model(name, key, weights=_needs_weights(key, "fetch"))
         yield Resource("models", key, str(name), {"commit": folder.name, "bytes": downloaded_bytes(folder)}, folder)
     for key, entry in _hub_data(config, "fetch").items():
         print(f"[fetch] {key}: {_data_name(entry)}", flush=True)
@@ -95,18 +95,18 @@ def _download(config: Config) -> Iterator[Resource]:
         yield Resource("tasks", key, str(task.task), {"commits": fetch_task(task)}, _data_cache())
 
 
-def look(config: Config, run: RunDirectory | None) -> Iterator[Resource]:
+def cached_resources(config: Config, run: RunDirectory | None) -> Iterator[Resource]:
     """The same from what is here, without a network.
 
     Args:
         run: whose record has the commits that count; None: there is none.
     """
     from trace_ds.corpora.sources import files_here
-    from trace_ds.hub.models import cached, downloaded_bytes, is_whole
+    from trace_ds.hub.models import cached_model, downloaded_bytes, is_whole
 
     record = read_record(run)
     for key, name in hub_names(config, "fetch").items():
-        folder = cached(name, record["models"].get(str(name), {}).get("commit"))
+        folder = cached_model(name, record["models"].get(str(name), {}).get("commit"))
         if folder and _needs_weights(key, "fetch") and not is_whole(folder):
             folder = None
         entry = {"commit": folder.name, "bytes": downloaded_bytes(folder)} if folder else {}
@@ -205,21 +205,21 @@ def find_models(config: Config, run: RunDirectory | None, verb: str, *, download
         download: bring what is missing; False: leave it out (the reader of the model then refuses the name).
 
     Raises:
-        UserError: as :func:`trace_ds.hub.models.bring`, or a name has moved since ``trace-ds fetch``.
+        UserError: as :func:`trace_ds.hub.models.download_model`, or a name has moved since ``trace-ds fetch``.
     """
     names = hub_names(config, verb)
     if not names:
         return {}
-    from trace_ds.hub.models import bring, cached
+    from trace_ds.hub.models import cached_model, download_model
 
     record = read_record(run)["models"]
     places: dict[str, str] = {}
     for key, name in names.items():
         expected = record.get(str(name), {}).get("commit")
         if download:
-            folder: Path | None = bring(name, key, weights=_needs_weights(key, verb), expected=expected)
+            folder: Path | None = download_model(name, key, weights=_needs_weights(key, verb), expected=expected)
         else:
-            folder = cached(name, expected)
+            folder = cached_model(name, expected)
         if folder is not None:
             places[str(name)] = str(folder)
     return places

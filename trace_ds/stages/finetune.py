@@ -26,7 +26,7 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import already_done, stage_log
 from trace_ds.stages.convert import is_converted, write_model
 from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, job_identity
-from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, model_shape
+from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, model_settings
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -113,7 +113,7 @@ class FinetuneJob:
         with training.log_and_checkpoint(world, "finetune") as (log, chosen):
             batches = world.run_on_main_first(lambda: make_finetune_batches(self.config, self.sides, self.data))
             accumulation = batches.micro_batches_per_step(world.size)
-            engine = training_engine(settings, self.info, world, accumulation, **model_shape(self.config))
+            engine = training_engine(settings, self.info, world, accumulation, **model_settings(self.config))
             start = training.restore(world, engine, chosen, log)
             log.detail(
                 f"{self.name}: {self.steps} steps of {settings.batch_rows} rows of {' and '.join(self.sides)}, ZeRO "

@@ -237,11 +237,11 @@ def check_early(verb: str, request: Request, world_size: int | None = None, *, d
         world_size: processes of the job when it is to run elsewhere; None: it runs here, as configured.
         download: bring data sets that are named into their cache, to look at them; False: what is not there is missing.
     """
-    from trace_ds.corpora.sources import only_looking
+    from trace_ds.corpora.sources import cache_only
     from trace_ds.parallel.launch import check_process_count
     from trace_ds.stages.finetune import require_models
 
-    with contextlib.nullcontext() if download else only_looking():
+    with contextlib.nullcontext() if download else cache_only():
         for item in request.all() if verb == RUN else [request]:
             item.check_places()
         for stage, item in request.work(verb):
@@ -386,7 +386,7 @@ def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
 
 def _run_as_rank(stage: Stage, request: Request) -> int:
     """Be one rank of a launched job: join it; the main process locks the run directory and checks the job."""
-    from trace_ds.corpora.sources import only_looking
+    from trace_ds.corpora.sources import cache_only
     from trace_ds.parallel.world import is_joined, join
 
     distributed, stays = request.config.distributed, is_joined()
@@ -394,7 +394,7 @@ def _run_as_rank(stage: Stage, request: Request) -> int:
     with contextlib.ExitStack() as stack:
         if not stays:
             stack.push(_leave_together)
-        stack.enter_context(only_looking())
+        stack.enter_context(cache_only())
         request = world.run_on_main_first(lambda: request.located(stage.name, download=False))
 
         def check() -> Job:

@@ -32,7 +32,7 @@ OPERATIONAL = {
 }
 
 
-def model_shape(config: Config) -> dict[str, Any]:
+def model_settings(config: Config) -> dict[str, Any]:
     """How a job holds a model, the one it trains and the frozen one alike."""
     distributed = config.distributed
     return {"dtype": config.model.dtype, "ep": distributed.ep, "options": distributed.autoep}

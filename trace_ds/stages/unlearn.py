@@ -21,7 +21,7 @@ from trace_ds.run.curve import has_ended
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import write_json
 from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, checked_tasks, job_identity
-from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, model_shape
+from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, model_settings
 from trace_ds.unlearning.needs import layers_held
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def make_engine(
     last = settings.last_layer(job.info.decoder_layers)
     trained = trained_by(meta_model(job.info.path), settings, job.experts, last)
     accumulation = batches.micro_batches_per_step(world.size)
-    shape = {**model_shape(config), "layers": job.layers}
+    shape = {**model_settings(config), "layers": job.layers}
     engine = training_engine(settings, job.info, world, accumulation, trained, **shape)
     if settings.grip is None:
         return engine, None
@@ -322,7 +322,7 @@ def make_objective(
     from trace_ds.unlearning.objective import Multiplier, Unlearning, make_forget_retain
 
     settings = job.config.unlearning
-    shape = {**model_shape(job.config), "seed": job.config.seed}
+    shape = {**model_settings(job.config), "seed": job.config.seed}
     forget_retain, trainer_state = make_forget_retain(
         settings, job.info, world, batches, trainer_state, job.anchored, **shape, log=log
     )

@@ -78,7 +78,7 @@ class LayerConstraints:
         squares_T = inputs_TD.double().square().sum(1)
         return cls(
             inputs_TD.float(),
-            [protected(inputs_TD[selected_T]) for selected_T in selected_TE.T],
+            [protected_directions(inputs_TD[selected_T]) for selected_T in selected_TE.T],
             (margins_TE.T - MARGIN).masked_fill(~kept_ET, torch.inf),
             (kept_ET * squares_T).cumsum(1),
         )
@@ -109,7 +109,7 @@ class LayerConstraints:
         return update_ED
 
 
-def protected(inputs_TD: torch.Tensor) -> torch.Tensor:
+def protected_directions(inputs_TD: torch.Tensor) -> torch.Tensor:
     """Orthonormal directions that the inputs reach into, fp32 [D, N]."""
     _, values_N, directions_ND = torch.linalg.svd(inputs_TD.double(), full_matrices=False)
     return directions_ND[values_N.square() > PROTECTED_SQUARE].T.float().contiguous()
@@ -157,11 +157,11 @@ class Projection:
 
     def begin(self, engine: Any) -> None:
         """Before the first step of this process, with the weights that it starts from."""
-        self._before_LED = masters(engine)
+        self._before_LED = master_weights(engine)
 
     def after_update(self, engine: Any, step: int) -> None:
         """After the optimizer step of the 0-based ``step``."""
-        before_LED, after_LED = self._before_LED, masters(engine)
+        before_LED, after_LED = self._before_LED, master_weights(engine)
         moved_L = (after_LED != before_LED).flatten(1).any(1).tolist()
         updates_LED = torch.zeros_like(after_LED)
         for layer, constraints in self._layers.items():
@@ -172,7 +172,9 @@ class Projection:
                 updates_LED[layer] = constraints.project(update_ED, to_device(uniform_EI, self._world.device))
         self._world.sum_in_place(updates_LED)
         self._before_LED = before_LED + updates_LED
-        replace(engine, {layer: self._before_LED[layer] for layer, moved in enumerate(moved_L) if moved}, self._world)
+        set_router_weights(
+            engine, {layer: self._before_LED[layer] for layer, moved in enumerate(moved_L) if moved}, self._world
+        )
 
 
 def retain_inputs(
@@ -219,13 +221,13 @@ def router_weights(engine: Any) -> list[Any]:
     return [router_weight(router) for router in find_routers(engine.module)]
 
 
-def masters(engine: Any) -> torch.Tensor:
+def master_weights(engine: Any) -> torch.Tensor:
     """The optimizer's fp32 weights of all routers [L, E, D], whole on every rank (collective)."""
     read = quiet_deepspeed().utils.safe_get_full_fp32_param
     return torch.stack([read(weight).detach().clone() for weight in router_weights(engine)])
 
 
-def replace(engine: Any, values: dict[int, torch.Tensor], world: World) -> None:
+def set_router_weights(engine: Any, values: dict[int, torch.Tensor], world: World) -> None:
     """Set routers, in the model and in the optimizer, to fp32 ``values`` [E, D] by layer, the same on all ranks
     (collective)."""
     zero, utils = quiet_deepspeed().zero, quiet_deepspeed().utils
