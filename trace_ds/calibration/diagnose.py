@@ -25,7 +25,7 @@ LEAST_STRENGTH, LEAST_CLOSED, MOST_ROW_ESS = 0.25, 0.05, 0.99
 
 @dataclass(frozen=True)
 class DocumentSources:
-    """What is known of the retain documents.
+    """Source and beginning of every retain document, as `prepare` stored them.
 
     Attributes:
         names: the distinct sources.

@@ -124,7 +124,7 @@ class Saver:
             self._then(self._world.run_on_all_ranks(work.result))
 
     def finish(self) -> None:
-        """Come back when no save is in flight. Ranks ask each other now and then: none waits long in a collective."""
+        """Wait until no save is in flight (collective); polls, so that no rank waits long in a collective."""
         while self._work is not None:
             futures.wait([self._work], ASK_EVERY_S)
             self.poll()

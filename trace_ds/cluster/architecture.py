@@ -108,7 +108,7 @@ class Architecture:
     shared_gate: bool
 
     def first(self, layers: int) -> Architecture:
-        """The embedding and the first so many decoder layers, which is what a pass runs whose losses end there."""
+        """The embedding and the first ``layers`` decoder layers: all that a pass runs whose losses end there."""
         return _first(self, layers)
 
     def loaded(self, layers: int) -> Architecture:

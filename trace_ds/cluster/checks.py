@@ -135,7 +135,7 @@ def python_checks() -> Iterator[Check]:
 
 
 def accelerator_checks(config: Config | None) -> Iterator[Check]:
-    """GPUs as torch sees them, SLURM's and the driver's word beside it, and whether they do for the configuration."""
+    """Check the GPUs: what torch, SLURM and the driver report, and whether the configuration can run on them."""
     import torch
 
     group, count = "accelerators", torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -276,7 +276,7 @@ def hub_checks(written: Config, run_dir: Path | None) -> Iterator[Check]:
 
 
 def corpus_checks(config: Config) -> Iterator[Check]:
-    """`prepare` can read the first document of every corpus."""
+    """Check that `prepare` can read the first document of every corpus."""
     for side in config.data.sides:
         for entry in config.data.corpus(side):
             yield checked("corpora", f"{side}: {entry.place}", functools.partial(_corpus, f"data.{side}", entry))
@@ -294,7 +294,7 @@ def _corpus(key: str, entry: CorpusEntry) -> str:
 
 
 def run_check(config: Config, run_dir: Path, world_size: int | None) -> str:
-    """What `run` itself checks before it writes anything: model, shapes, tasks, models that are scored, variants.
+    """Run the checks that `run` makes before it writes anything: model, shapes, tasks, models to score, variants.
 
     Args:
         world_size: processes of the job when a launcher started it; None: `run` would start them here.

@@ -60,7 +60,7 @@ SIZE_BYTES, REPEATS = 1 << 25, 5  # of a timed collective
 
 
 def doctor(config: Config | None, run_dir: Path | None, json: bool) -> int:
-    """Print the report; 0 when nothing is MISS, else 1. Of a job's ranks the main one prints."""
+    """Print the report (on the main rank of a job); returns exit status 0 when nothing is MISS, else 1."""
     with cache_only():
         results = check_job(config, run_dir) if launched() else run_checks(config, run_dir)
     if results is None:
@@ -100,7 +100,7 @@ def run_checks(config: Config | None, run_dir: Path | None) -> list[Check]:
 
 
 def machine_checks(config: Config | None) -> list[Check]:
-    """Software, accelerators and network of this machine: what may keep it out of a job."""
+    """Check software, accelerators and network of this machine, without which it cannot join a job."""
     results = guarded("python", "packages", checks.python_checks)
     results += guarded("accelerators", "torch", lambda: checks.accelerator_checks(config))
     resolved = functools.partial(socket.gethostbyname, socket.gethostname())  # gloo and NCCL connect by it
@@ -112,7 +112,7 @@ def machine_checks(config: Config | None) -> list[Check]:
 
 
 def share_checks(config: Config | None, run_dir: Path | None, ranks: JoinedRanks | None = None) -> list[Check]:
-    """What this machine's share of a run needs: CPUs, memory, storage, models and data, and what `run` itself checks.
+    """Check this machine's share of a run: CPUs, memory, storage, models, data, and what `run` itself checks.
 
     Args:
         ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
@@ -304,7 +304,7 @@ def time_collectives(device: Any, group: Any) -> dict[str, float]:
 
 
 def sameness_checks(ranks: JoinedRanks, config: Config | None) -> Iterator[Check]:
-    """Versions, model, tokenizer and corpora are the same on every node, compared by content."""
+    """Check that versions, model, tokenizer and corpora are the same on every node, compared by content."""
     facts = _facts(config) if ranks.first_on_node else {}
     by_node = {node: facts for node, facts in zip(ranks.nodes, ranks.world.gather(facts), strict=True) if facts}
     for name in dict.fromkeys(name for facts in by_node.values() for name in facts):
@@ -345,7 +345,7 @@ def _facts(config: Config | None) -> dict[str, str]:
 
 
 def shared_storage_checks(ranks: JoinedRanks, run_dir: Path) -> Iterator[Check]:
-    """What the first node writes, renames and locks in the run directory is so for all nodes."""
+    """Check that all nodes see what the first node writes, renames and locks in the run directory."""
     name = None
     if ranks.world.is_main and (home := checks.nearest_directory(run_dir)) is not None:
         with contextlib.suppress(OSError):  # reported by the node's own checks

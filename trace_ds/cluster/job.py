@@ -185,7 +185,7 @@ class PlannedJob:
         )
 
     def steps(self, corpora: list[str] | None = None) -> int | None:
-        """Of the whole job; None: of epochs over corpora that are not on this machine."""
+        """Optimizer steps of the whole job; None: it trains for epochs over corpora that are not on this machine."""
         settings = self.settings
         if settings.steps is not None or not isinstance(settings, FinetuneSettings):
             return settings.steps

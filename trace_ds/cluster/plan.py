@@ -106,8 +106,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The answer.
-
+    """What a run needs on a cluster, as `trace-ds plan` shows it.
     Attributes:
         stages: ``collect``, ``unlearn``, and by name the fine-tunings that come first and the ``unlearn`` of variants.
         recomputed_peak_bytes: the peak of ``unlearn`` if activations were recomputed.
@@ -369,7 +368,7 @@ def checkpoint_files(job: PlannedJob, saved: Architecture) -> int:
 
 
 def evaluation_peak_bytes(job: PlannedJob, ep: int, zero_stage: int) -> float:
-    """What ``evaluate`` holds of a model on each GPU, all ranks of the job sharing it so.
+    """Peak bytes that ``evaluate`` holds on each GPU, a model being shared by all ranks of the job.
 
     The relearning attack trains it with AdamW: gradients and two moments beside the weights, in fp32 with fp32 masters
     where the model is sharded.

@@ -44,7 +44,7 @@ SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "unle
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is asked of SLURM.
+    """The allocation to request from SLURM.
 
     Attributes:
         nodes, gpus_per_node: the shape of finetune, collect, unlearn and evaluate; one process per GPU.
@@ -143,7 +143,7 @@ def plan_warnings(config: Config, cluster: Cluster) -> list[str]:
 
 
 def render_scripts(request: Request, folder: Path) -> None:
-    """Everything the jobs need, in ``folder``: resolved configuration, scripts, site file."""
+    """Write all that the jobs need into ``folder``: resolved configuration, scripts, site file."""
     scripts = scripts_folder()
     (folder / "slurm").mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_yaml(request.written), encoding="utf-8")

@@ -32,7 +32,7 @@ MAX_FILES = 100  # read for one configuration, one that is extended twice counte
 
 @dataclass
 class Composed:
-    """Files merged into one.
+    """Configuration files and recipes, merged into one mapping.
 
     Attributes:
         raw: the merged keys, without ``extends``; nothing in it belongs to another configuration.
@@ -48,7 +48,7 @@ class Composed:
 
     @property
     def name(self) -> str | None:
-        """What a run made of fragments is called by default: TASK-MODEL."""
+        """Default name of a run that is composed of a task and a model: TASK-MODEL."""
         return "-".join(self.fragments[kind] for kind in ("task", "model") if kind in self.fragments) or None
 
 
@@ -100,7 +100,7 @@ def _is_file(path: Path) -> bool:
 
 
 def read_config_text(path: Path) -> str:
-    """The text of a configuration file (what lies beyond any configuration's size is left out, and found too long)."""
+    """The text of a configuration file, one character longer than :func:`parse_yaml` accepts at most."""
     try:
         with path.open(encoding="utf-8-sig") as handle:
             return handle.read(MAX_CONFIG_CHARACTERS + 1)
@@ -109,7 +109,7 @@ def read_config_text(path: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    """A file as messages name it."""
+    """How messages name a file: ``recipe NAME``, ``task NAME``, ``model NAME`` or its path."""
     return (
         {"run": "recipe", "model": "model", "task": "task"}[kind] + f" {path.stem}"
         if (kind := _kind_of(path))
@@ -220,7 +220,7 @@ def compose(configs: Iterable[str]) -> Composed:
 
 
 def require_whole(composed: Composed, raw: dict[str, Any]) -> None:
-    """What a run made of one fragment lacks; UserError says what to add."""
+    """Refuse a task without a model, or a model without corpora; the UserError says what to add."""
     if "task" in composed.fragments and not raw.get("model"):
         raise UserError(
             "the key model.path is missing: a task is half a run",
@@ -260,7 +260,7 @@ def substitute(value: Any, values: dict[str, str]) -> Any:
 
 
 def published_config_path(fragment: str) -> Path:
-    """Of a model fragment by name."""
+    """Path of the ``config.json`` that the hub has of a model fragment, kept beside it."""
     return GROUPS["model"] / "configs" / f"{fragment}.json"
 
 

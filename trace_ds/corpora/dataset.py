@@ -32,7 +32,7 @@ DOCUMENT_SCHEMA = pa.schema([("source", pa.string()), ("tokens", pa.int64()), ("
 
 @dataclass
 class PackingCounts:
-    """What packing saw; ``documents_split`` counts documents cut into more than one piece."""
+    """Numbers of documents, tokens and rows packed; ``documents_split``: documents cut into more than one piece."""
 
     documents: int = 0
     empty_documents: int = 0

@@ -45,7 +45,7 @@ class Record:
 
     @property
     def source(self) -> str:
-        """Where the row says that it is from, else :attr:`file`; without control characters: it will be shown."""
+        """The row's own ``source``, else :attr:`file`, with control characters escaped, since reports show it."""
         source = self.values.get("source")
         if source is None or source == "":
             return plain(self.file)

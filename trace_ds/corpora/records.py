@@ -98,7 +98,7 @@ def columns_to_read(schema: Any, columns: list[str], where: str) -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    """What a library says went wrong, in one line."""
+    """First line of an exception's message, shortened; its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -109,8 +109,8 @@ def on_hub(named: Named) -> bool:
 
 
 def commit_of(named: Named) -> str | None:
-    """The commit that a data set on the hub is: as the hub says, or without a network as when it was fetched, by us or
-    (the newest that is there) by others; None: as far as is known here, it is none."""
+    """The commit of a data set on the hub: the hub's answer; without a network, the commit fetched by us, else the
+    newest in the cache. None: nothing here knows one."""
     name = named.dataset_id
     commit = None if _is_offline() else _commit_on_hub(name, named.revision)[0]
     commit = commit or _commit_when_fetched(name, named.revision)
@@ -128,7 +128,7 @@ _looking: ContextVar[bool] = ContextVar("looking", default=False)
 
 @contextlib.contextmanager
 def cache_only() -> Iterator[None]:
-    """Inside, nothing is asked of the hub: data sets are what the cache has of them."""
+    """Send no request to the hub inside the block: data sets come from the cache as they are."""
     token = _looking.set(True)
     try:
         yield

@@ -279,7 +279,7 @@ def _demonyms() -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Side:
-    """Of the facts: what states them, and the questions that ask for them."""
+    """The facts of one side: sentences that state them, and questions that ask for them."""
 
     documents: list[Document]
     questions: list[dict[str, Any]]

@@ -102,7 +102,7 @@ def require_demo(run_dir: Path) -> None:
 
 
 def machine_overrides() -> list[str]:
-    """On a machine with one accelerator a job has one process (the recipe asks for two)."""
+    """Overrides for a machine with one accelerator: one process a job (the recipe asks for two)."""
     from trace_ds.parallel.environment import accelerator_count
 
     return ["distributed.nproc=1", "distributed.ep=1"] if accelerator_count() == 1 else []
@@ -118,7 +118,7 @@ def input_versions() -> dict[str, str]:
 
 
 def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names: Sequence[str] = MODELS) -> None:
-    """The corpora, and the models of these names, under ``run_dir`` (each skipped when it is there)."""
+    """Make the corpora, and the models of these names, under ``run_dir`` (each skipped when it is there)."""
     from trace_ds.demo.corpora import build_corpora
 
     kind, directory, folder = "demo_corpora", run_dir / "corpora", run_dir / "models"

@@ -118,7 +118,7 @@ def sample_routing(
 
 
 def routing_samples(data: Artefact, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:
-    """How a model routes the first rows of both corpora."""
+    """By corpus (forget, retain), how a model routes its first :data:`DRIFT_ROWS` rows."""
     samples = {}
     for side in _SIDES:
         dataset = TokenDataset.open(data.file(f"{side}.arrow"))

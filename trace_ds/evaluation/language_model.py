@@ -115,7 +115,7 @@ class LanguageModel:
     engine: Any = None
 
     def shared_out(self, batches: list[_T], do: Callable[[_T], R], advance: Callable[[_T], None]) -> list[R]:
-        """``do`` of every batch, in order, each done by one process and known to all.
+        """Run ``do`` on every batch, shared out between the processes; all results, in order, on every process.
 
         In lockstep a process for which the last round leaves no batch does one again, and one that has diverged goes
         on: ``do`` must make the same number of forward passes for every batch.
@@ -151,7 +151,7 @@ class LanguageModel:
     def in_order(
         self, batches: list[list[int]], do: Callable[[list[int]], list[R]], advance: Advance | None = None
     ) -> list[R]:
-        """``do`` of every batch of indices (each from 0 on is in one), :meth:`shared_out`; its results by index."""
+        """Run ``do`` on every batch of indices by :meth:`shared_out`; results in the order of the indices."""
         results = self.shared_out(batches, do, lambda batch: advance(len(batch)) if advance is not None else None)
         indices = [index for batch in batches for index in batch]
         by_index = dict(zip(indices, [one for part in results for one in part], strict=True))
@@ -203,7 +203,7 @@ class LanguageModel:
         return Sequence(tuple(ids), max(1, min(first, len(ids) - 1)))
 
     def most_tokens(self, context_length: int) -> int:
-        """As many as the model reads, up to the context of the run."""
+        """Most tokens of one pass: the run's context, or the model's limit where that is less."""
         return min(context_length, getattr(self.model.config, "max_position_embeddings", None) or context_length)
 
     def check_length(self, tokens: int, where: str) -> None:

@@ -119,7 +119,7 @@ def distinct_scores(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def score_changes(results: list[dict[str, Any]], before: str, after: str) -> str:
-    """Each task's first score of two of the models, in one line."""
+    """The first score of each task for two of the models, ``TASK before → after``, in one line."""
     named = {result["model"]: result for result in results}
     first = {score["task"]: score["metric"] for score in reversed(distinct_scores(results))}
     changes = [

@@ -25,7 +25,7 @@ ASK_TIMEOUT_S = 20
 
 
 def cached_model(name: HubName, expected: str | None = None) -> Path | None:
-    """The folder of ``name`` in the cache, without a look at the hub; None when nothing of it is there.
+    """The folder of the model ``name`` in the cache, without a request to the hub; None when it has none.
 
     Files may be missing in it: whoever reads them says which.
 
@@ -41,7 +41,7 @@ def cached_model(name: HubName, expected: str | None = None) -> Path | None:
 
 
 def download_model(name: HubName, key: str, *, weights: bool = True, expected: str | None = None) -> Path:
-    """The folder of ``name`` in the cache, whole: what is missing is downloaded.
+    """Download what the cache lacks of the model ``name`` and return its folder there.
 
     Args:
         key: where the configuration names it.

@@ -30,7 +30,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """What the launcher says of this process's rank and of the number of ranks; (0, 1) without one.
+    """(this process's rank, number of ranks), from the launcher's variables; (0, 1) without a launcher.
 
     Raises:
         UserError: that is no number, or the rank is none of so many; a launcher's number of ranks stands alone.
@@ -44,7 +44,7 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
 
 
 def local_rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """The same on this machine alone, as far as the launcher says; of machines with unequal numbers, the largest."""
+    """(rank on this machine, ranks on it), as far as the launcher says; of unequal machines, the largest."""
     for rank, size in (
         ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
         ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -64,7 +64,7 @@ def _place(rank_name: str, rank: str, size_name: str, size: str) -> tuple[int, i
 
 
 def complete_launch(environment: MutableMapping[str, str], accelerators: int, on_machine: int) -> None:
-    """Make what a launcher said complete: which device of its own a process uses (LOCAL_RANK), and whom it meets.
+    """Set the variables that a launcher left out: LOCAL_RANK (this process's device), MASTER_ADDR and MASTER_PORT.
 
     A process that sees one device of several (``srun --gpus-per-task=1``) uses that one, whatever its number on the
     machine. DeepSpeed takes an environment that is not complete for that of MPI, and would go on alone.

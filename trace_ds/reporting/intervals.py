@@ -66,19 +66,19 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def of_score(score: Score) -> Interval | None:
-    """From the number of its questions; None for a score that is no mean over them."""
+    """Interval of a score, from the number of its questions; None for a score that is no mean over them."""
     if score.direction == "reference" or score.metric in NO_MEANS or not score.n or not 0 <= score.value <= 1:
         return None
     return wilson(score.value, score.n)
 
 
 def of_difference(score: Score, evaluation: Evaluation, its: Evaluation) -> Interval | None:
-    """Of a score less that of another model on the same task."""
+    """Interval of a score minus that of another model on the same task."""
     return of_mixes([[evaluation], [its]], [score])
 
 
 def of_mixes(sides: Sequence[Sequence[Evaluation]], scores: Sequence[Score]) -> Interval | None:
-    """Of the mean over tasks (those of ``scores``) of the difference between the means of two lists of models (normal).
+    """Normal interval of the mean, over the tasks of ``scores``, of the difference between two lists of models' means.
 
     Paired by question where the evaluations keep them. The curve of a job does not: then the variance is that of
     independent questions, p (1 - p) at most.

@@ -64,7 +64,7 @@ class Target:
 
 
 def targets(run: RunData) -> list[Target]:
-    """Of every headline forget task; empty when one has neither a retrained model's score nor a chance level."""
+    """The target of every headline forget task; empty when one has neither a retrained model's score nor a chance."""
     gold = run.references.get(run.gold)
     some = next((e for e in [gold, *run.evaluations().values()] if e is not None and role_scores(e, "forget")), None)
     result = []
@@ -122,7 +122,7 @@ class Forgotten:
 
 
 def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
-    """Of every forget task; empty when a target or a score is missing."""
+    """How the score of each forget task changed; empty when a target or a score is missing."""
     original, gold, result = run.references["original"], run.references.get(run.gold), []
     for target in targets(run):
         task, metric = target.score.task, target.score.metric
@@ -148,7 +148,7 @@ def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
 
 
 def outcome_of(tasks: Sequence[Forgotten]) -> TaskChange | None:
-    """Of all tasks that there was something to forget of; None when that is not known."""
+    """One outcome over the tasks that the original model knew; None when that is not known."""
     outcomes = {task.outcome for task in tasks} - {"nothing"}
     if not tasks:
         return None
@@ -184,18 +184,18 @@ class Trajectory:
 
     @property
     def spacing(self) -> int:
-        """How many steps before the first step at the target the one before was scored; 0: there is none."""
+        """Steps between the first scored step at the target and the scored step before it; 0: there is none."""
         return self.steps[self.first] - self.steps[self.first - 1] if self.first else 0
 
     def at(self, moment: str) -> list[Evaluation] | None:
-        """The models whose mean is the arm at one of :data:`SCORING_MOMENTS`; None where there was no such."""
+        """The models whose mean is the arm's score at one of :data:`SCORING_MOMENTS`; None where there are none."""
         if moment == "end":
             return [self.final]
         return None if self.first is None else self.models[self.first :][: 1 if moment == "first" else None]
 
 
 def trajectory(run: RunData, label: str | None) -> Trajectory | None:
-    """None where no model of the arm has been scored."""
+    """The trajectory of the arm of this label; None where no model of it has been scored."""
     arm = next((arm for arm in run.arms if arm.label == label), None)
     if arm is None or (arm.final is None and not arm.checkpoints):
         return None
@@ -240,7 +240,7 @@ def standing(run: RunData, label: str, baseline: str | None) -> Standing | None:
 
 
 def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation]) -> Difference | None:
-    """Of the mean utility of some models and of others, by the tasks that all of them were asked, with its interval."""
+    """Mean utility of some models minus that of others, over the tasks that all have scores of, with its interval."""
     common = set.intersection(*({score.task for score in model.scores} for model in (*mine, *base)))
     mine, base = ([_with_tasks(model, common) for model in side] for side in (mine, base))
     values = [_utility(side) for side in (mine, base)]

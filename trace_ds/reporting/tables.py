@@ -121,7 +121,7 @@ def _from_diagnosis(run: RunData, key: str, header: list[str]) -> Table:
 
 
 def sources(run: RunData) -> Table:
-    """Where the weight went, what gained most first."""
+    """Share of the tokens and of the weight by source, the largest gain first."""
     shares = _from_diagnosis(run, "share_by_source", ["source", "token_share", "weight_share"]).rows()
     rows = [
         [*row.values(), weight - tokens, weight / tokens if tokens else None]

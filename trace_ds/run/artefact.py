@@ -50,7 +50,7 @@ class Artefact:
 
     @property
     def fix(self) -> str:
-        """What to do about one that is of no use."""
+        """The fix that errors about this artefact name: the verb that makes it again."""
         return fix_of(self.kind)
 
     def file(self, name: str) -> Path:
@@ -84,7 +84,7 @@ def identity_of(kind: str, inputs: Mapping[str, str], settings: Mapping[str, Any
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """What a description says of one file."""
+    """Size and SHA-256 of one file, as a description lists them."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 

@@ -80,7 +80,7 @@ class RunDirectory:
         return RunDirectory(self.finetune / name, self.parent or self.path)
 
     def finetuned_here(self) -> list[RunDirectory]:
-        """Those that there are, of a run (a variant shares its run's)."""
+        """The directories of the fine-tuned models that exist; a variant shares its run's."""
         places = sorted(self.finetune.iterdir()) if self.parent is None and self.finetune.is_dir() else []
         return [self.finetuned(place.name) for place in places if place.is_dir()]
 

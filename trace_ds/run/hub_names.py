@@ -24,7 +24,7 @@ class HubName:
 
 
 def hub_name(text: str) -> HubName | None:
-    """The name that ``text`` is; None for a directory that is there, and for what can be no name on the hub."""
+    """Parse a name on the hub; None for an existing directory, and for text that can be no name."""
     match = NAME.fullmatch(text)
     if match is None or ".." in text or "--" in match["id"] or match["id"].endswith((".git", ".", "-")):
         return None

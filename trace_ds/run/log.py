@@ -1,4 +1,4 @@
-"""What a stage tells while it works: lines for people, JSONL and TensorBoard scalars for tools, an estimate.
+"""The log of a stage: lines for people, JSONL and TensorBoard scalars for tools, progress with an estimate.
 
 Logs carry times; artefacts never do. Only the main process (rank 0) logs.
 """
@@ -132,7 +132,7 @@ def stage_log(run: RunDirectory, stage: str, *, enabled: bool = True) -> Iterato
 
 
 def already_done(stage: str, run: RunDirectory) -> None:
-    """Say of a stage that there was nothing to do (the log of the run is left as it is)."""
+    """Print that a stage had nothing to do (the log of the run is left as it is)."""
     _show(_named(stage, run), "already done")
 
 

@@ -188,9 +188,8 @@ def _make(
 
 
 def refuse_useless(config: Config, calibrated: RuleResult, run: RunDirectory) -> None:
-    """Weights that do nothing are no calibration, unless the floor or the configuration asks for them; and those of a
-    solver that ended early only where they are asked for.
-
+    """Refuse weights that change nothing, unless the floor or the configuration asks for such, and those of a solver
+    that did not converge, unless ``allow_unconverged`` is set.
     Raises:
         UserError: the weights are uniform, or so nearly that nothing would be calibrated; or the solver did not
             converge.
@@ -215,7 +214,7 @@ def refuse_useless(config: Config, calibrated: RuleResult, run: RunDirectory) ->
 
 
 def none_found(detection: Detection) -> str:
-    """What came closest, so that the user sees how far away 'found' was."""
+    """One line on the expert that came closest to being forget-critical, and by how much it missed."""
     ratio_LE = np.where(detection.eligible_LE, detection.log_ratio_LE, -np.inf)
     layer, expert = (int(x) for x in np.unravel_index(int(np.argmax(ratio_LE)), ratio_LE.shape))
     text = (
@@ -227,7 +226,7 @@ def none_found(detection: Detection) -> str:
 
 
 def calibration_summary(calibration: Artefact) -> str:
-    """What was made, in one line."""
+    """One line on a calibration: its experts, its effect, its warnings."""
     d = read_object(calibration.file("diagnosis.json"), "the diagnosis", calibration.fix)
     experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
     effect = f"{d['rule']} closes {d['gap_closed']:.0%} of the gap" if d["constraints"] else f"{d['rule']} weights"

@@ -52,7 +52,7 @@ class CollectJob:
         return Path(self.info.path), self.place.data
 
     def identity(self, side: str) -> str:
-        """Of the artefact to make."""
+        """Identity of the statistics to collect for one side."""
         return artefact.identity_of("statistics", self.inputs[side], self.settings[side])
 
     def existing(self, side: str, *, verify: bool = True) -> artefact.Artefact | None:

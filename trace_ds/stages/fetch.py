@@ -96,7 +96,7 @@ def _download(config: Config) -> Iterator[Resource]:
 
 
 def cached_resources(config: Config, run: RunDirectory | None) -> Iterator[Resource]:
-    """The same from what is here, without a network.
+    """The resources that a configuration names, as the local caches have them, without a network.
 
     Args:
         run: whose record has the commits that count; None: there is none.

@@ -87,12 +87,12 @@ class FinetuneJob:
 
     @property
     def checkpoint(self) -> Path:
-        """The newest complete one."""
+        """Directory of the newest complete checkpoint."""
         return self.place.checkpoints / step_name(newest_complete(self.place.checkpoints)[0] or 0)
 
     @property
     def plain_config(self) -> Config:
-        """With the defaults of ``conversion``, which is about the unlearned model: later stages depend on these."""
+        """The configuration with default ``conversion`` settings: the configured ones are about the unlearned model."""
         return self.config.model_copy(update={"conversion": ConversionConfig()})
 
     def is_trained(self) -> bool:

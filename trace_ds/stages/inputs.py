@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The prepared data of a run, whole and made with the configuration's tokenizer, and what its artefacts must be of.
-
+    """The prepared data of a run, checked, and the fingerprints that its other artefacts must have been made from.
     Attributes:
         model, tokenizer: their fingerprints.
     """
@@ -62,7 +61,7 @@ class Inputs:
             raise
 
     def _load(self, path: Path, kind: str) -> Artefact:
-        """An artefact that was made from these."""
+        """An artefact, checked to be made from these inputs."""
         loaded = artefact.load_artefact(path, kind)
         loaded.require_same(**self.fingerprints)
         return loaded
@@ -119,7 +118,8 @@ def with_expert_parallel_sizes(
 
 
 def with_sizes_here(config: Config) -> Config:
-    """The same for the job that this process is a rank of, or would start; ``auto`` stays without a local model."""
+    """:func:`with_expert_parallel_sizes` for the job that this process is a rank of or would start; ``auto`` stays
+    without a local model."""
     sizes = (config.distributed.ep, config.evaluation.ep)
     if AUTO not in sizes or not (Path(config.model.path) / CONFIG_NAME).is_file():
         return config

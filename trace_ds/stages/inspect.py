@@ -43,7 +43,7 @@ SUPPORTED = "an artefact, a run directory, checkpoints or a model directory"
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a path is.
+    """What was found at a path.
 
     Attributes:
         kind: artefact, checkpoint, checkpoints, run, model or deepspeed.

@@ -33,7 +33,7 @@ OPERATIONAL = {
 
 
 def model_settings(config: Config) -> dict[str, Any]:
-    """How a job holds a model, the one it trains and the frozen one alike."""
+    """Keyword arguments shared by the trained and the frozen model's engine: dtype, expert-parallel size, options."""
     distributed = config.distributed
     return {"dtype": config.model.dtype, "ep": distributed.ep, "options": distributed.autoep}
 
@@ -47,7 +47,7 @@ def ds_config_of(settings: TrainingConfig) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Training:
-    """A training job as its checkpoints know it.
+    """The part of a training job that decides which checkpoints it may go on from.
 
     Attributes:
         section: of the configuration, whose ``settings`` are the job's.

@@ -368,7 +368,7 @@ def curve_tasks(config: Config) -> list[Task]:
 
 
 def make_evaluator(job: UnlearnJob, engine: Any, world: World, log: StageLog) -> Evaluator:
-    """What scores the model in the engine while it is trained."""
+    """The evaluator that scores the model in the engine while it is trained."""
     from trace_ds.unlearning.evaluator import Evaluator, score_rows
 
     settings, score_fixed_rows = job.config.unlearning.evaluate, None

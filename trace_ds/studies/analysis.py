@@ -161,7 +161,7 @@ class Comparison:
         }
 
     def matched(self, curve: Curve | None, metric: str) -> Matched | None:
-        """None where the run is not to be compared."""
+        """A run at matched forgetting by one utility metric; None where it is not compared."""
         match = self._matched.get((id(curve), metric))
         return match if match and match.step and curve and not curve.diverged else None
 

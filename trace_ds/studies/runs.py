@@ -55,7 +55,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of the variant: ``rmu-uniform-alpha16-lr0.0005``."""
+        """Name of its variant: ``rmu-uniform-alpha16-lr0.0005``."""
         words = (self.loss, self.method, self.label.replace("=", "").replace(",", "-"))
         name = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(word for word in words if word))
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -23,7 +23,7 @@ EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.
 
 @dataclass
 class Checkpoint:
-    """A source, opened.
+    """An opened checkpoint or model directory: its tensors, still on disk, and facts of the job that wrote it.
 
     Attributes:
         path: its directory.

@@ -92,7 +92,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class ForgetRetain:
-    """γ-side and α-side of the loss of a micro-batch.
+    """Computes the forget and the retain loss of a micro-batch.
 
     Attributes:
         settings: names and constants of the losses.

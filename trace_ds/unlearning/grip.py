@@ -156,11 +156,11 @@ class Projection:
         )
 
     def begin(self, engine: Any) -> None:
-        """Before the first step of this process, with the weights that it starts from."""
+        """Remember the routers' weights before the first step of this process."""
         self._before_LED = master_weights(engine)
 
     def after_update(self, engine: Any, step: int) -> None:
-        """After the optimizer step of the 0-based ``step``."""
+        """Project the routers' updates after the optimizer step of the 0-based ``step``."""
         before_LED, after_LED = self._before_LED, master_weights(engine)
         moved_L = (after_LED != before_LED).flatten(1).any(1).tolist()
         updates_LED = torch.zeros_like(after_LED)

@@ -1,4 +1,4 @@
-"""How long hidden states are at the layer that a loss is made of, and where the attention sinks are.
+"""Norms of the frozen model's hidden states at the layer of a hidden-state loss, and where the attention sinks are.
 
 In most pretrained models the first token of each document (sometimes one or two after it) takes the attention that
 nothing else wants, and its hidden state is a hundred times as long as the others from some layer on (Xiao et al.,

@@ -35,7 +35,7 @@ FIRST_STEP_FACTOR = 1.05  # the default bound over the retain loss of the first 
 
 
 class Objective:
-    """What the training loop knows of an objective. It keeps no state between the steps unless it overrides
+    """The interface of an objective to the training loop. It keeps no state between the steps unless it overrides
     :meth:`update_state` and :meth:`state`."""
 
     @property

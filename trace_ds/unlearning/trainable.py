@@ -1,4 +1,4 @@
-"""What is trained: parameters by kind or name, and rows of fused expert tensors; the rest stays bitwise as it was.
+"""Which parameters are trained, by kind or name, and which rows of fused expert tensors; the rest stays bitwise as is.
 
 Nothing is frozen by ``requires_grad``: DeepSpeed's ZeRO-3 refuses to save frozen experts of AutoEP, and a checkpoint
 with holes resumes only on its own shape. Instead a held parameter (or row) gets a gradient of exactly 0 before
@@ -31,8 +31,7 @@ PARAMETER_KINDS = ("all", "experts", SELECTED, "attention", "routers")
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained.
-
+    """The parameters, and the rows of expert tensors, that a job trains.
     Attributes:
         parameters: all parameters of the model.
         names: those that are trained, wholly or in some rows.
@@ -144,7 +143,7 @@ def parameter_groups(model: nn.Module, trained: Trained | None, weight_decay: fl
 
 
 def freeze(model: nn.Module, trained: Trained) -> None:
-    """Zero the gradients of what is held, on the converted model of an engine (local experts under AutoEP)."""
+    """Zero the gradients of all that is not trained, on an engine's converted model (local experts under AutoEP)."""
     for name, parameter in model.named_parameters():
         source = autoep.source_name(name, trained.parameters)
         rows = trained.rows(source)

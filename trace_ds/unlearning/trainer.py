@@ -37,8 +37,7 @@ class NumericalFailure(JobFailed):
 
 @contextmanager
 def termination_noted() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT (Ctrl-C) become a question (was one received?) instead of an end.
-
+    """Inside the block, note SIGTERM and SIGINT (Ctrl-C) instead of ending; yields a function: was one received?
     Launchers pass on what the process got itself, so a second one means nothing here: who started the job ends it then.
     A SIGINT that is ignored (by who started the process) stays so.
     """

@@ -15,7 +15,7 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
 
 def expanded(path: str) -> str:
-    """``~`` in place of the home directory, here and nowhere else; no name that a file cannot have."""
+    """Expand ``~`` (here and nowhere else); ValueError for a path that no file can have."""
     path = os.path.expanduser(path)  # noqa: PTH111 (which would fail for ~nobody)
     try:
         encoded = path.encode()

@@ -81,7 +81,7 @@ class Bound:
         return cls(parts[1], parts[2] == "<=", float(parts[3]))
 
     def holds(self, value: float | None) -> bool:
-        """A score that is not known or not a number meets no bound."""
+        """Whether ``value`` meets the bound; None and NaN meet none."""
         return value is not None and (value <= self.value if self.is_upper else value >= self.value)
 
     def __str__(self) -> str:
