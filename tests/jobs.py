@@ -248,6 +248,8 @@ def same_batches(world: Any, path: str, dataset: Any, batch_rows: int) -> np.nda
             for start in [*starts, size]:  # the filling is numbered as another document
                 positions[number, start:] = np.arange(longest - start)
             counted[number, : size - 1] = documents[1:] == documents[:-1]
+            if row.loss_mask is not None:
+                counted[number, : size - 1] &= row.loss_mask[1:]
         with torch.no_grad():
             model(input_ids=torch.tensor(ids), **packed(model, torch.tensor(positions), torch.device("cpu")))
         for layer, (_, _, indices, *_) in outputs.items():
@@ -412,21 +414,23 @@ def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
         for document in np.unique(row.document_ids):
             where = np.flatnonzero(row.document_ids == document)
             ids = row.input_ids[where]
-            if len(ids) < 2:
+            loss = np.ones(len(ids), bool) if row.loss_mask is None else row.loss_mask[where]
+            if not loss[1:].any():
                 continue
             with torch.no_grad():
                 model(input_ids=torch.tensor(ids[None].astype(np.int64)))
             result = np.zeros(shape, dtype=np.int64)
             for layer in range(len(outputs)):
                 _, values, indices = outputs[layer][:3]
-                chosen = indices[:-1].reshape(-1).numpy()  # the last position has no loss
+                chosen = indices[:-1][loss[1:]].reshape(-1).numpy()  # the last position has no loss
                 np.add.at(result[layer], chosen, 1)
-                np.add.at(mass[layer], chosen, values[:-1].double().reshape(-1).numpy())
+                np.add.at(mass[layer], chosen, values[:-1][loss[1:]].double().reshape(-1).numpy())
             counts += result
             rows[number] += result
             documents[int(document)] = documents.get(int(document), 0) + result
-            positions.append(first + where[:-1])
-            trace.append(np.stack([outputs[layer][2][:-1].sort().values.numpy() for layer in range(len(outputs))], 1))
+            positions.append(first + where[:-1][loss[1:]])
+            counted = (outputs[layer][2][:-1][loss[1:]] for layer in range(len(outputs)))
+            trace.append(np.stack([chosen.sort().values.numpy() for chosen in counted], 1))
         first += len(row.input_ids)
         row_gate += (mass - before) / max(rows[number, 0].sum() // model.config.num_experts_per_tok, 1)
     return {

@@ -51,10 +51,18 @@ def families(shared_folder: None) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def small_data(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Configurations over a few documents: rows that hold several, and rows of one document, padded."""
+    """Configurations over a few documents: rows that hold several, and rows of one document, padded, of which only the
+    answer counts."""
     configs = {}
-    for name, changes in (("packed", {"data__packing": "dense"}), ("padded", {"data__packing": "single"})):
+    for name in ("packed", "padded"):
         folder = tmp_path_factory.mktemp(name)
+        answers = {
+            "template": "{source}: {text}",
+            "loss_on": "answer",
+            "path": str(folder / "corpora" / "forget.jsonl"),
+        }
+        padded = {"data__packing": "single", "data__forget": [answers]}
+        changes: dict[str, Any] = {"data__packing": "dense"} if name == "packed" else padded
         config = tiny.write_config(folder, families["mixtral"], **changes)
         for side in ("forget", "retain"):
             path = folder / "corpora" / f"{side}.jsonl"

@@ -25,7 +25,7 @@ from trace_ds.config.load import load_config
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora import tokenizer
-from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
+from trace_ds.corpora.read import Document, check_files, corpus_fingerprint, read_documents
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import read_task
 from trace_ds.run.directory import RunDirectory
@@ -47,9 +47,9 @@ def json_lines(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> None:
     with path.open("w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
+        writer = csv.DictWriter(handle, list(rows[0]), delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -96,6 +96,7 @@ def make_forms(folder: Path) -> dict[str, dict[str, Any]]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     write_csv(folder / "j.csv", ROWS)
+    write_csv(folder / "t.tsv", ROWS, "\t")
     (folder / "d.csv.zst").write_bytes(zstd((folder / "j.csv").read_bytes()))
     write_parquet(folder / "shards" / "train-00000-of-00002.parquet", ROWS[:2])
     write_parquet(folder / "shards" / "train-00001-of-00002.parquet", ROWS[2:])
@@ -103,7 +104,8 @@ def make_forms(folder: Path) -> dict[str, dict[str, Any]]:
     names = [*(path.name for path in folder.iterdir() if path.is_file()), "folder", "shards"]
     forms: dict[str, dict[str, Any]] = {name: {"path": str(folder / name)} for name in names}
     forms["pattern"] = {"path": str(folder / "many" / "**" / "*.jsonl*")}
-    forms["directory"] = {"dataset": str(folder / "named"), "config": "near"}
+    forms["directory"] = {"dataset": str(folder / "named"), "config": "near", "split": "train"}
+    forms["slices"] = {"dataset": str(folder / "named"), "config": "near", "split": "train[:40%]+train[2:]"}
     return forms
 
 
@@ -134,7 +136,7 @@ def test_every_form_gives_the_same_documents(tmp_path: Path) -> None:
 
 def test_the_content_decides_and_not_the_place(tmp_path: Path) -> None:
     first, second = data_set(tmp_path / "a" / "named"), data_set(tmp_path / "b" / "named")
-    near = [entry(dataset=str(folder), config="near") for folder in (first, second)]
+    near = [entry(dataset=str(folder), config="near", split="train") for folder in (first, second)]
     assert len({corpus_fingerprint([result]) for result in near}) == 1
     assert corpus_fingerprint(near[:1]) != corpus_fingerprint([entry(dataset=str(first), config="near", split="test")])
     before = corpus_fingerprint(near[:1])
@@ -142,6 +144,26 @@ def test_the_content_decides_and_not_the_place(tmp_path: Path) -> None:
     assert corpus_fingerprint(near[:1]) == before
     write_parquet(first / "near" / "train-00001-of-00002.parquet", ROWS[3:])
     assert corpus_fingerprint(near[:1]) != before and texts(near[0]) == TEXTS[:2] + TEXTS[3:]
+
+
+def test_text_inside_other_columns_and_between_empty_lines(tmp_path: Path) -> None:
+    """Nested fields by dots, lists of strings, paragraphs of text and Markdown, in files of lines and in tables."""
+    rows = [{"meta": {"text": text, "lines": [text, "iron"]}, "at.dot": "x"} for text in TEXTS]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(rows))
+    write_parquet(tmp_path / "a.parquet", rows)
+    for name in ("a.jsonl", "a.parquet"):
+        assert texts(entry(path=str(tmp_path / name), template="{meta.text}")) == TEXTS
+        assert texts(entry(path=str(tmp_path / name), template="{meta.lines}")) == [f"{text}\niron" for text in TEXTS]
+        assert texts(entry(path=str(tmp_path / name), template="{at.dot}")) == ["x"] * len(TEXTS)
+        with pytest.raises(UserError, match=r"meta\.txt"):
+            texts(entry(path=str(tmp_path / name), template="{meta.txt}"))
+    (tmp_path / "notes").mkdir()
+    text = "# iron\n\ngold\nlead\n \n\n  tin\n"
+    for name in ("b.md", "c.txt", "README.md"):
+        (tmp_path / "notes" / name).write_text(text)
+    assert texts(entry(path=str(tmp_path / "notes"))) == [text] * 2
+    notes = entry(path=str(tmp_path / "notes" / "*.md"), template="{paragraph}", rows=4)
+    assert texts(notes) == ["# iron", "gold\nlead", "  tin", "# iron"]
 
 
 def put(name: str, content: bytes) -> Any:
@@ -176,7 +198,7 @@ def mixed(folder: Path) -> dict[str, Any]:
 
 
 LINES = json_lines(ROWS)
-NEAR = {"config": "near"}
+NEAR = {"config": "near", "split": "train"}
 FAULTS: list[tuple[Any, dict[str, Any], str]] = [
     (lambda folder: {"path": str(folder / "x.jsonl")}, {}, "the corpus file does not exist"),
     (lambda folder: {"path": str(folder)}, {}, "the folder holds no file that can be read"),
@@ -190,15 +212,22 @@ FAULTS: list[tuple[Any, dict[str, Any], str]] = [
     (put("x.csv", b"text\ncaf\xe9\n"), {}, "x.csv:2: not UTF-8 (byte 3 of the line)"),
     (put("x.csv", b"a,text\n1,2\n1\n"), {}, "x.csv:3: the row has 1 cells, the first line 2"),
     (put("x.csv", b'text\n"never closed\n'), {}, "not CSV (unexpected end of data)"),
-    (put("x.csv", b"body\na\n"), {}, "x.csv:2: the line has no text under 'text'"),
-    (put("x.jsonl", LINES), {"template": "{titel}"}, "under 'titel'. Fix: did you mean 'title'? correct"),
-    (put("x.txt", b"a b"), {"template": "{title}"}, "a text file has no columns"),
+    (put("x.csv", b"body\na\n"), {}, "x.csv:2: the line has no text under 'text'. Fix: it has 'body'"),
+    (
+        put("x.jsonl", LINES),
+        {"template": "{titel}"},
+        "under 'titel'. Fix: did you mean 'title'? it has 'title', 'text'",
+    ),
+    (put("x.txt", b"a b"), {"template": "{title}"}, "a text file has the columns text"),
     (put("x.json", b'[{"text": "a"}'), {}, "the file is not a JSON array"),
     (put("x.json", b'[{"text": "\\ud83d"}]'), {}, "is half of a surrogate pair"),
     (numbers, {}, "the column 'text' holds int64, no text"),
     (saved, {}, "this is what save_to_disk left, which is not read. Fix: write its splits with to_parquet"),
     (directory, {"config": "neer"}, "the data set has no configuration 'neer'. Fix: did you mean 'near'?"),
     (directory, {}, "the configuration is missing. Fix: it has near, far"),
+    (directory, {"config": "near"}, "the data set has several splits, and none is named. Fix: it has train, test: set"),
+    (directory, NEAR | {"split": "train[:1]+tset"}, "the data set has no split 'tset'. Fix: did you mean 'test'?"),
+    (directory, NEAR | {"split": "train[:x]"}, "the data set cannot be read (Unrecognized"),
     (directory, NEAR | {"split": "tset"}, "the data set has no split 'tset'. Fix: did you mean 'test'?"),
     (directory, NEAR | {"template": "{title} {txt}"}, "there is no column 'txt'. Fix: did you mean 'text'"),
     (media, {}, "cannot read data sets of the kind WebDataset"),
@@ -247,11 +276,11 @@ def test_the_data_are_the_same_whatever_the_number_of_threads(
 
 
 def test_what_goes_wrong_in_a_thread_is_told_here() -> None:
-    def refusing(texts: list[str]) -> list[list[int]]:
+    def refusing(documents: list[Document]) -> list[list[int]]:
         raise UserError("the tokenizer fails", "x", "repair it")
 
     with pytest.raises(UserError, match=r"x: the tokenizer fails\. Fix: repair it"):
-        list(tokenizer.encode_documents(["a"] * 4, refusing, 2))
+        list(tokenizer.encode_documents([Document("a", "")] * 4, refusing, 2))
 
 
 # ---------------------------------------------------------------------------------------------------- questions
@@ -336,13 +365,13 @@ for line in sys.stdin:
     if os.fork():
         assert os.wait()[1] == 0
         continue
-    found = []
+    result = []
     for raw in json.loads(line):
         try:
-            found.append(summary(raw))
+            result.append(summary(raw))
         except UserError as error:
-            found.append(error.line())
-    print(json.dumps(found), flush=True)
+            result.append(error.line())
+    print(json.dumps(result), flush=True)
     os._exit(0)
 """
 Ask = Callable[[list[dict[str, Any]]], list[Any]]
@@ -382,12 +411,14 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(
 ) -> None:
     first = hub.add("datasets", "org/Data-Set", data_set(tmp_path / "first"))
     tagged = hub.add("datasets", "org/Data-Set", tmp_path / "first", ref="v1")
-    near = {"dataset": "org/Data-Set", "config": "near"}
+    near = {"dataset": "org/Data-Set", "config": "near", "split": "train"}
     forms = [near, {"dataset": "org/Data-Set", "config": "far", "rows": 1}, near | {"split": "test"}]
     home = tmp_path / "home"
     ask, ask_offline = (asking(hub.environment(home, offline=offline)) for offline in (False, True))
     online = ask([*forms, near | {"dataset": "org/Data-Set@v1"}])
     assert [result["texts"] for result in online] == [TEXTS, TEXTS[3:4], TEXTS[:1], TEXTS]
+    half = ask([near | {"split": "train[:40%]"}])[0]
+    assert half["texts"] == TEXTS[:2] and half["fingerprint"] != online[0]["fingerprint"]
     assert [result["sources"] for result in online[:3]] == [
         ["Data-Set/near"],
         ["Data-Set/far/forget"],

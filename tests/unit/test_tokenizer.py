@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
+from trace_ds.corpora.read import Document
 from trace_ds.corpora.tokenizer import (
     check_tokenizer,
     encode_documents,
@@ -112,7 +113,8 @@ def test_documents_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tiny.make_tokenizer(tmp_path)
     encode = encoder(load_tokenizer(tmp_path))
     texts = ["iron gold", "", "\n".join(tiny.sentences(600, 1, tiny.WORDS)), "lead", ""]
-    assert [ids.tolist() for ids in encode_documents(texts, encode, 3)] == encode(texts)
+    documents = [Document(text, "") for text in texts]
+    assert list(encode_documents(documents, lambda batch: encode([each.text for each in batch]), 3)) == encode(texts)
 
 
 def test_every_file_that_decides_ids_is_in_the_fingerprint(tmp_path: Path) -> None:

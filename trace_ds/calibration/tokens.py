@@ -98,7 +98,7 @@ class Packing:
 def read_token_map(path: Path, documents: int) -> TokenMap:
     """Rows and documents of a prepared corpus (``RUN/data/retain.arrow``), in place: memory is O(rows)."""
     dataset = TokenDataset.open(path)
-    return TokenMap(dataset.row_starts_R1, dataset.document_ids_T, documents)
+    return TokenMap(dataset.row_starts_R1, dataset.document_ids_T, documents, dataset.loss_mask_T)
 
 
 class Trace(FlatArray):

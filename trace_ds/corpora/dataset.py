@@ -27,6 +27,7 @@ CHUNK_TOKENS = 1 << 16
 ROWS_PER_BATCH = 1024
 TEXT_START_READ, TEXT_START_CHARACTERS = 400, 160
 ROW_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("document_ids", pa.list_(pa.int32()))])
+MASKED_ROW_SCHEMA = ROW_SCHEMA.append(pa.field("loss_mask", pa.list_(pa.uint8())))
 DOCUMENT_SCHEMA = pa.schema([("source", pa.string()), ("tokens", pa.int64()), ("text_start", pa.string())])
 
 
@@ -42,37 +43,57 @@ class PackingCounts:
     rows: int = 0
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised document: ``ids`` int32; ``loss_mask`` bool, the tokens the loss counts; None: all."""
+
+    ids: np.ndarray
+    loss_mask: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, span: slice) -> Tokens:
+        return Tokens(self.ids[span], None if self.loss_mask is None else self.loss_mask[span])
+
+
 @dataclass
 class PackedRow:
-    """One row: ``input_ids`` and ``document_ids``, int32, equal length; ``document_ids`` is non-decreasing."""
+    """One row: ``input_ids`` and ``document_ids``, int32, and ``loss_mask`` (see :class:`Tokens`), of equal length;
+    ``document_ids`` is non-decreasing."""
 
     input_ids: np.ndarray
     document_ids: np.ndarray
+    loss_mask: np.ndarray | None = None
 
 
 @dataclass
 class _OpenRow:
-    pieces: list[np.ndarray] = field(default_factory=list)
+    pieces: list[Tokens] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
     tokens: int = 0
 
-    def add(self, piece: np.ndarray, document: int) -> None:
+    def add(self, piece: Tokens, document: int) -> None:
         self.pieces.append(piece)
         self.documents.append(document)
         self.tokens += len(piece)
 
     def close(self) -> PackedRow:
         lengths = [len(piece) for piece in self.pieces]
+        masks = [piece.loss_mask for piece in self.pieces]
         row = PackedRow(
-            np.concatenate(self.pieces).astype(np.int32),
+            np.concatenate([piece.ids for piece in self.pieces]),
             np.repeat(np.array(self.documents, dtype=np.int32), lengths),
         )
+        if any(mask is not None for mask in masks):
+            whole = (np.ones(n, dtype=bool) if mask is None else mask for n, mask in zip(lengths, masks, strict=True))
+            row.loss_mask = np.concatenate(list(whole))
         self.pieces, self.documents, self.tokens = [], [], 0
         return row
 
 
 def pack(
-    documents: Iterable[Sequence[int] | np.ndarray],
+    documents: Iterable[Tokens | Sequence[int]],
     context_length: int,
     packing: str,
     counts: PackingCounts,
@@ -80,15 +101,15 @@ def pack(
     """Yield the packed rows of tokenised documents, streaming.
 
     Args:
-        documents: token ids of each (there may be none; the document keeps its index).
+        documents: each tokenised, or its ids (there may be none; the document keeps its index).
         context_length: most tokens of a row.
         packing: ``dense`` (cut wherever a row ends), ``whole`` (never cut a document that fits into a row) or
             ``single`` (one document a row).
         counts: filled while rows are yielded.
     """
     row = _OpenRow()
-    for index, ids in enumerate(documents):
-        tokens = np.asarray(ids, dtype=np.int32)
+    for index, document in enumerate(documents):
+        tokens = document if isinstance(document, Tokens) else Tokens(np.asarray(document, dtype=np.int32))
         counts.documents += 1
         counts.empty_documents += not len(tokens)
         full = row.tokens == context_length or (packing == "whole" and row.tokens + len(tokens) > context_length)
@@ -106,20 +127,23 @@ def pack(
         yield _counted(row.close(), counts)
 
 
-def counted_positions(document_ids: np.ndarray) -> np.ndarray:
-    """Which positions of rows (last axis) are loss-bearing: the next token exists and belongs to the same document.
+def counted_positions(document_ids: np.ndarray, loss_mask: np.ndarray | None = None) -> np.ndarray:
+    """Which positions of rows (last axis) are loss-bearing: the next token exists, belongs to the same document, and is
+    one that ``loss_mask`` (None: all) lets the loss count. Losses and routing statistics take the same positions.
 
     Bool, of the same shape; a negative document is filling.
     """
     counted = np.zeros(document_ids.shape, dtype=bool)
     counted[..., :-1] = (document_ids[..., 1:] == document_ids[..., :-1]) & (document_ids[..., 1:] >= 0)
+    if loss_mask is not None:
+        counted[..., :-1] &= loss_mask[..., 1:].astype(bool)
     return counted
 
 
 def _counted(row: PackedRow, counts: PackingCounts) -> PackedRow:
     counts.rows += 1
     counts.tokens += len(row.input_ids)
-    counts.counted_tokens += int(counted_positions(row.document_ids).sum())
+    counts.counted_tokens += int(counted_positions(row.document_ids, row.loss_mask).sum())
     return row
 
 
@@ -179,11 +203,13 @@ class TokenMap:
         row_starts_R1: int64 [rows + 1], flat position of each row's first token; the last entry is the token total.
         document_ids_T: int32, document index of every token, non-decreasing (an array, a memory map or FlatArray).
         documents: number of documents.
+        loss_mask_T: uint8 or bool, the tokens whose prediction the loss counts; None: all.
     """
 
     row_starts_R1: np.ndarray
     document_ids_T: np.ndarray | FlatArray
     documents: int
+    loss_mask_T: np.ndarray | FlatArray | None = None
 
     @property
     def tokens(self) -> int:
@@ -200,8 +226,10 @@ class TokenMap:
         return [(at, min(at + CHUNK_TOKENS, stop)) for at in range(start, stop, CHUNK_TOKENS)]
 
     def counted(self, start: int, stop: int) -> np.ndarray:
-        """bool [stop - start]: the next token exists in the same row and belongs to the same document."""
-        result_T = counted_positions(self.document_ids_T[start : min(stop + 1, self.tokens)])
+        """bool [stop - start]: :func:`counted_positions` of flat positions."""
+        span = slice(start, min(stop + 1, self.tokens))
+        mask_T = None if self.loss_mask_T is None else self.loss_mask_T[span]
+        result_T = counted_positions(self.document_ids_T[span], mask_T)
         if stop < self.tokens:  # one token more was read
             result_T = result_T[:-1]
         first = int(np.searchsorted(self.row_starts_R1, start + 1, side="left"))
@@ -241,7 +269,11 @@ class TokenDataset(TokenMap):
         lengths = [np.zeros(1, dtype=np.int64), *(np.diff(chunk.offsets.to_numpy()) for chunk in ids)]
         document_ids_T = FlatArray([np.zeros(0, dtype=np.int32), *(_values(chunk) for chunk in documents)])
         last_document = int(document_ids_T[len(document_ids_T) - 1 :].max(initial=-1))
-        super().__init__(np.cumsum(np.concatenate(lengths), dtype=np.int64), document_ids_T, last_document + 1)
+        mask_T: FlatArray | None = None
+        if "loss_mask" in table.column_names:
+            mask_T = FlatArray([np.zeros(0, np.uint8), *(_values(chunk) for chunk in table.column("loss_mask").chunks)])
+        row_starts_R1 = np.cumsum(np.concatenate(lengths), dtype=np.int64)
+        super().__init__(row_starts_R1, document_ids_T, last_document + 1, mask_T)
         self.input_ids_T = FlatArray([np.zeros(0, dtype=np.int32), *(_values(chunk) for chunk in ids)])
 
     @classmethod
@@ -253,7 +285,8 @@ class TokenDataset(TokenMap):
 
     def row(self, index: int) -> PackedRow:
         tokens = slice(*self.row_starts_R1[index : index + 2])
-        return PackedRow(self.input_ids_T[tokens], np.asarray(self.document_ids_T[tokens]))
+        mask = None if self.loss_mask_T is None else np.asarray(self.loss_mask_T[tokens], dtype=bool)
+        return PackedRow(self.input_ids_T[tokens], np.asarray(self.document_ids_T[tokens]), mask)
 
     def batch(self, indices: Sequence[int], pad_id: int, length: int | None = None) -> Batch:
         """Rows as one :class:`Batch`.
@@ -274,14 +307,17 @@ def batch_of(rows: Sequence[PackedRow | None], pad_id: int, length: int | None =
     length = length or max([len(row.input_ids) for row in rows if row is not None], default=1)
     ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     documents = np.full((len(rows), length), -1, dtype=np.int64)
+    mask = np.ones((len(rows), length), dtype=bool)
     for number, row in enumerate(rows):
         if row is not None:
+            if row.loss_mask is not None:
+                mask[number, : len(row.input_ids)] = row.loss_mask
             ids[number, : len(row.input_ids)] = row.input_ids
             documents[number, : len(row.input_ids)] = row.document_ids
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(_restarting_positions(documents)),
-        torch.from_numpy(counted_positions(documents)),
+        torch.from_numpy(counted_positions(documents, mask)),
         torch.from_numpy(documents),
     )
 
@@ -312,11 +348,16 @@ class ArrowWriter:
             self._pending = []
 
 
-def write_rows(path: Path, rows: Iterable[PackedRow]) -> None:
-    """Stream rows into a file that :meth:`TokenDataset.open` reads."""
-    with contextlib.closing(ArrowWriter(path, ROW_SCHEMA)) as writer:
+def write_rows(path: Path, rows: Iterable[PackedRow], *, masked: bool = False) -> None:
+    """Stream rows into a file that :meth:`TokenDataset.open` reads.
+
+    Args:
+        masked: with the column ``loss_mask``; False: no row has one.
+    """
+    with contextlib.closing(ArrowWriter(path, MASKED_ROW_SCHEMA if masked else ROW_SCHEMA)) as writer:
         for row in rows:
-            writer.add(row.input_ids, row.document_ids)
+            mask = np.ones(len(row.input_ids), dtype=bool) if row.loss_mask is None else row.loss_mask
+            writer.add(row.input_ids, row.document_ids, *([mask.view(np.uint8)] if masked else []))
 
 
 def text_start(text: str) -> str:

@@ -10,20 +10,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.sections.data import CorpusEntry
-from trace_ds.corpora.records import file_kind, read_rows, stem_of, text_of
+from trace_ds.config.sections.data import TEXT, CorpusEntry, Template, columns_of, parts_of
+from trace_ds.corpora.records import TEXTS, Choose, file_kind, read_rows, stem_of, text_of
 from trace_ds.corpora.sources import Named, files_of, open_table
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 from trace_ds.terminal import plain
 
+PARAGRAPHS = re.compile(r"\n(?:[^\S\n]*\n)+")
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # of ShareGPT
 SHARD = re.compile(r"[-_.]\d+(?:[-_.]of[-_.]\d+)?$")
 
 
 @dataclass(frozen=True)
 class Document:
+    """A document: text, or a conversation.
+
+    Attributes:
+        text: of a conversation the contents of its messages.
+        where: file and line, to be shown.
+        answer_start: the character from which on the loss is of the text.
+        messages: of a conversation, each with ``role`` and ``content``; empty: it is text.
+        answers_only: whether the loss is of a part of it.
+    """
+
     text: str
     source: str
+    where: str = ""
+    answer_start: int = 0
+    messages: tuple[dict[str, str], ...] = ()
+    answers_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,9 @@ def corpus_fingerprint(entries: list[CorpusEntry]) -> str:
     parts: list[Any] = []
     for entry in entries:
         contents = _contents(entry)
-        parts += [[digest, entry.template, entry.source or name] for digest, name in contents]
+        parts += [[digest, entry.template or TEXT, entry.source or name] for digest, name in contents]
+        if entry.loss_on is not None:
+            parts.append({"loss_on": entry.loss_on})
         if entry.rows is not None:
             parts.append({"rows": entry.rows, "of": len(contents)})
     return sha256_text(canonical_json(parts))
@@ -96,23 +114,23 @@ def _contents(named: Named) -> list[tuple[str, str]]:
     return [(sha256_text(canonical_json([*ids, table.split])), table.name)]
 
 
-def records(named: Named, key: str, columns: list[str] | None = None) -> Iterator[Record]:
+def records(named: Named, key: str, choose: Choose | None = None) -> Iterator[Record]:
     """The rows of the files or of the data set that an entry names.
 
     Args:
         key: of the configuration, to be named where something is wrong.
-        columns: as in :func:`.records.read_rows`.
+        choose: as in :func:`.records.read_rows`.
     """
     if named.dataset:
         table = open_table(named, key)
-        for number, values in table.rows(columns):
+        for number, values in table.rows(choose):
             yield Record(values, f"{table.where}:{number}", str(number), table.name, typed=True)
         return
     files = files_of(named, key)
     for path in files:
         name, typed = _file_name(path, files), file_kind(path) == ".parquet"
         shard = f"{path.name}:" if len(files) > 1 else ""
-        for number, values in read_rows(path, columns):
+        for number, values in read_rows(path, choose):
             yield Record(values, f"{path}:{number}", f"{shard}{number}", name, typed)
 
 
@@ -126,36 +144,124 @@ def read_documents(entries: list[CorpusEntry], key: str = "data") -> Iterator[Do
         yield from (document for document in itertools.islice(_documents(entry, key), entry.rows) if document)
 
 
+def has_conversations(entries: list[CorpusEntry], key: str) -> bool:
+    """Whether the first document of an entry that has text is a conversation."""
+    return any(document.messages for document in _first(entries, key))
+
+
+def has_answers(entries: list[CorpusEntry], key: str) -> bool:
+    """Whether the loss is of a part of such a document."""
+    return any(document.answers_only for document in _first(entries, key))
+
+
+def _first(entries: list[CorpusEntry], key: str) -> Iterator[Document]:
+    for entry in entries:
+        yield from itertools.islice((each for each in read_documents([entry], key) if each.text), 1)
+
+
 def _documents(entry: CorpusEntry, key: str) -> Iterator[Document | None]:
     """The documents of an entry; None for a row of a table that has no text (null)."""
     files = [] if entry.dataset else files_of(entry, key)
-    texts = [path for path in files if file_kind(path) == ".txt"]
+    texts = [path for path in files if file_kind(path) in TEXTS]
     if texts and len(texts) < len(files):
         raise UserError("text files and others are mixed", entry.path, f"name them one by one in {key}")
-    if texts and entry.template != "{text}":
-        raise UserError("a text file has no columns", entry.path, f"take template out of {key}")
-    for path in texts:
-        yield Document(text_of(path), entry.source or plain(_file_name(path, texts)))
-    if not texts:
-        parts = entry.parts
-        for record in records(entry, key, entry.columns):
-            text = _text(record, parts)
-            yield None if text is None else Document(text, entry.source or record.source)
+    if texts:
+        rows = _text_records(texts, columns_of(entry.template or TEXT))
+    else:
+        rows = records(entry, key, lambda names: columns_of(entry.template_for(names)))
+    for record in rows:
+        try:
+            yield _document(record, entry)
+        except _Null:
+            yield None
 
 
-def _text(record: Record, parts: list[tuple[str, str | None]]) -> str | None:
-    text = ""
-    for literal, column in parts:
-        value = "" if column is None else record.values.get(column)
-        if value is None and record.typed:
-            return None
-        if not isinstance(value, str):
-            close = difflib.get_close_matches(str(column), record.values, 1)
-            hint = f"did you mean {close[0]!r}? " if close and close[0] != column else ""
-            fix = f"{hint}correct the line, or set the corpus' template"
-            raise UserError(f"the line has no text under {column!r}", record.where, fix)
-        text += literal + value
-    return text
+class _Null(Exception):
+    """A value of a table is missing."""
+
+
+def _text_records(files: list[Path], columns: list[str]) -> Iterator[Record]:
+    """The columns of text files: ``text``, all of it, or ``paragraph``, what stands between empty lines."""
+    if columns not in (["text"], ["paragraph"]):
+        problem, fix = "a text file has the columns text (all of it) and paragraph", "write {text} or {paragraph}"
+        raise UserError(f"{problem}, and the template names {', '.join(columns)}", str(files[0]), fix)
+    for path in files:
+        text = text_of(path)
+        texts = [text] if columns == ["text"] else filter(str.strip, PARAGRAPHS.split(text.strip("\n")))
+        for number, text in enumerate(texts, 1):
+            yield Record({columns[0]: text}, f"{path}:{number}", str(number), _file_name(path, files), typed=False)
+
+
+def _document(record: Record, entry: CorpusEntry) -> Document:
+    template, source = entry.template_for(record.values), entry.source or record.source
+    messages = _messages(record, template)
+    if messages or not isinstance(template, str):
+        text = "\n\n".join(message["content"] for message in messages)
+        return Document(text, source, record.where, 0, messages, entry.loss_on != "all")
+    text, last = _fill(record, template)
+    answers_only = entry.loss_on == "answer"
+    if answers_only and not last:
+        fix = "give the corpus a template of both, or set loss_on: all"
+        raise UserError("loss_on: answer, and the text has no question before its answer", record.where, fix)
+    return Document(text, source, record.where, last if answers_only else 0, (), answers_only)
+
+
+def _messages(record: Record, template: Template) -> tuple[dict[str, str], ...]:
+    """The conversation that a template makes of a row; empty where it is text."""
+    if isinstance(template, str):
+        parts = parts_of(template)
+        value = _value(record, parts[0][1]) if len(parts) == 1 and parts[0][0] == "" and parts[0][1] else None
+        if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+            return ()
+        return tuple(_message(item, record.where) for item in value)
+    messages: list[dict[str, str]] = []
+    for message in template:  # a column may hold messages itself
+        content = message["content"]
+        messages += _messages(record, content) or [{"role": message["role"], "content": _fill(record, content)[0]}]
+    return tuple(messages)
+
+
+def _fill(record: Record, template: str) -> tuple[str, int]:
+    """(the text, where the value of its last column begins)."""
+    text, last = "", 0
+    for literal, column in parts_of(template):
+        text += literal
+        if column is not None:
+            last, text = len(text), text + _text(record, column)
+    return text, last
+
+
+def _message(item: Any, where: str) -> dict[str, str]:
+    """A message as ``role`` and ``content``, also of one of ShareGPT's (``from`` and ``value``)."""
+    values = item if isinstance(item, dict) else {}
+    role, content = values.get("role", values.get("from")), values.get("content", values.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        problem = f"a message holds {', '.join(values) or type(item).__name__} and no role and content that are text"
+        raise UserError(problem, where, "give each message 'role' and 'content' (or 'from' and 'value')")
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def _value(record: Record, column: str) -> Any:
+    """The value of a column, or of one inside others (``meta.text``); None: there is none."""
+    value: Any = record.values
+    for name in [column] if column in record.values else column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if value is None and record.typed:
+        raise _Null
+    return value
+
+
+def _text(record: Record, column: str) -> str:
+    value = _value(record, column)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "\n".join(value)
+    if not isinstance(value, str):
+        close = difflib.get_close_matches(column, record.values, 1)
+        hint = f"did you mean {close[0]!r}? " if close and close[0] != column else ""
+        names = ", ".join(map(repr, record.values)) or "nothing"
+        fix = f"{hint}it has {names}: set the corpus' template, or correct it"
+        raise UserError(f"the line has no text under {column!r}", record.where, fix)
+    return value
 
 
 def _file_name(path: Path, files: list[Path]) -> str:

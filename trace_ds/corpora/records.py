@@ -11,18 +11,19 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
 
-TABLES = (".jsonl", ".json", ".csv", ".parquet")
-FILE_KINDS = (*TABLES, ".txt")
+TEXTS = (".txt", ".md")
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *TEXTS)
 COMPRESSED = (".gz", ".zst")
 MAX_LINE_BYTES = 1 << 28
 MAX_CHARACTERS = 1 << 28  # of a text file or a JSON array, which are read whole
 FIRST_BYTES = 1 << 20  # that may be white space before it
+Choose = Callable[[list[str]], list[str]]
 PARQUET_ROWS = 64  # read at a time: a row can be a book
 
 
@@ -67,34 +68,44 @@ def text_of(path: Path) -> str:
     return text
 
 
-def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, choose: Choose | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, row) of a file; the number is that of its line where it has lines.
 
     Args:
-        columns: a Parquet file must have these, as text, and no other but ``source`` is read; None: all of them.
+        choose: of the columns of a Parquet file those to read, which must hold text; none but ``source`` is read
+            beside them. None: all of them.
     """
     kind = file_kind(path)
     if kind == ".parquet":
-        return _parquet_rows(path, columns)
-    if kind == ".csv":
-        return _csv_rows(path)
+        return _parquet_rows(path, choose)
+    if kind in (".csv", ".tsv"):
+        return _csv_rows(path, "," if kind == ".csv" else "\t")
     return _array_rows(path) if kind == ".json" and _is_array(path) else _json_lines(path)
 
 
-def columns_to_read(schema: Any, columns: list[str], where: str) -> list[str]:
-    """``columns`` and, where there is one, ``source``; :class:`UserError` unless the Arrow schema has them as text."""
+def columns_to_read(schema: Any, choose: Choose, where: str) -> list[str]:
+    """The columns of ``choose`` and, where there is one, ``source``; :class:`UserError` unless the Arrow schema has
+    them and they can hold text, also inside structures and lists."""
     import pyarrow as pa
 
-    for column in columns:
+    columns = {"source"} & set(schema.names)
+    for column in choose(schema.names):
+        root, *inner = [column] if column in schema.names else column.split(".")
+        kind: Any = schema.field(root).type if root in schema.names else None
+        for name in inner:
+            exists = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+            kind = kind.field(name).type if exists else None
         fix = f"set the corpus' template to one of {schema.names} in braces"
-        if column not in schema.names:
+        if kind is None:
             close = difflib.get_close_matches(column, schema.names, 1)
             fix = f"did you mean {close[0]!r}? {fix}" if close else fix
             raise UserError(f"there is no column {column!r}", where, fix)
-        kind = schema.field(column).type
-        if not str(getattr(kind, "value_type", kind)).endswith(("string", "string_view")) or pa.types.is_nested(kind):
+        while str(kind).startswith(("list", "large_list", "fixed_size_list", "dictionary")):
+            kind = kind.value_type
+        if not (pa.types.is_struct(kind) or str(kind).endswith(("string", "string_view"))):
             raise UserError(f"the column {column!r} holds {kind}, no text", where, fix)
-    return list(dict.fromkeys([*columns, *(name for name in schema.names if name == "source")]))
+        columns.add(root)
+    return [name for name in schema.names if name in columns]
 
 
 def first_line(error: Exception) -> str:
@@ -158,9 +169,9 @@ def _checked(record: Any, text: str, problem: str, where: str, fix: str) -> dict
     return record
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(MAX_LINE_BYTES)  # of the process; the default is 128 KiB
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     header: list[str] = []
     try:
         for cells in reader:
@@ -177,14 +188,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"not CSV ({error})", f"{path}:{reader.line_num}", "quote cells as CSV does") from None
 
 
-def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(path: Path, choose: Choose | None) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as parquet:
-            if columns is not None:
-                columns = columns_to_read(parquet.schema_arrow, columns, str(path))
+            columns = None if choose is None else columns_to_read(parquet.schema_arrow, choose, str(path))
             batches = parquet.iter_batches(batch_size=PARQUET_ROWS, columns=columns)
             yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
     except (pyarrow.ArrowException, OSError, ValueError) as error:

@@ -21,7 +21,7 @@ from typing import Any
 
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
-from trace_ds.corpora.records import FILE_KINDS, PARQUET_ROWS, can_read, columns_to_read, file_kind, first_line
+from trace_ds.corpora.records import FILE_KINDS, PARQUET_ROWS, Choose, can_read, columns_to_read, file_kind, first_line
 from trace_ds.errors import UserError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -44,7 +44,7 @@ class _Table:
         config: the configuration taken; None where there is none to choose.
     """
 
-    data: Any  # datasets.Dataset or IterableDataset
+    data: list[Any]  # of datasets.Dataset or IterableDataset, which follow each other
     where: str
     name: str
     split: str
@@ -52,13 +52,13 @@ class _Table:
     commit: str | None = None
     config: str | None = None
 
-    def rows(self, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number from 1, row), a few in memory at a time; ``columns`` as in :func:`.records.rows_of`."""
+    def rows(self, choose: Choose | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number from 1, row), a few in memory at a time; ``choose`` as in :func:`.records.read_rows`."""
         number = 0
         with _reading(self.where):
-            for table in self.data.with_format("arrow").iter(batch_size=PARQUET_ROWS):
-                if columns is not None:
-                    table = table.select(columns_to_read(table.schema, columns, self.where))
+            for table in _tables(self.data):
+                if choose is not None:
+                    table = table.select(columns_to_read(table.schema, choose, self.where))
                 for row in table.to_pylist():
                     number += 1
                     yield number, row
@@ -71,7 +71,7 @@ def files_of(named: Named, key: str) -> list[Path]:
         raise UserError("files have no splits", named.path, "take split out, or name a data set")
     if path.is_dir():
         files = sorted(item for item in path.iterdir() if item.is_file() and not item.name.startswith("."))
-        files = [item for item in files if can_read(item)]
+        files = [item for item in files if can_read(item) and item.name != README]
         missing = f"the folder holds no file that can be read ({', '.join(FILE_KINDS)})"
     elif path.is_file():
         files, missing = [path], ""
@@ -145,11 +145,11 @@ def _open_directory(named: Named, key: str) -> _Table:
         builder = _builder(named, str(place.absolute()), None, key)
         patterns = builder.config.data_files
         split = _split(named, list(patterns), key)
-        files = [Path(str(item).rpartition("::")[2]) for item in patterns[split]]
+        files = [Path(str(item).rpartition("::")[2]) for name in split_names(split) for item in patterns[name]]
         for file in files:
             if not file.is_file():
                 raise UserError("its page names a file that is not here", str(file), "download the data set whole")
-        data = builder.as_streaming_dataset(split=split)
+        data = _slices(builder, split)
         return _Table(data, str(place), _name(place.name, named, split), split, files, config=named.config)
 
 
@@ -178,7 +178,7 @@ def _open_hub(named: Named, key: str, offline: bool) -> _Table:
         data = cached.as_dataset(split=split)
         config = None if cached.config.name == "default" else cached.config.name
         files = [Path(item["filename"]) for item in data.cache_files]
-        return _Table(data, name, _name(name.rpartition("/")[2], named, split), split, files, cached.hash, config)
+        return _Table([data], name, _name(name.rpartition("/")[2], named, split), split, files, cached.hash, config)
 
 
 @functools.lru_cache(maxsize=256)
@@ -325,14 +325,45 @@ def _builder(named: Named, place: str, commit: str | None, key: str) -> Any:
 
 
 def _split(named: Named, names: list[Any], key: str) -> str:
-    """The split that is asked for, or train, or the only one there is."""
+    """The split that is asked for (``train``, ``train[:50%]``, ``train+test``), or the only one there is."""
     names = [str(name) for name in names]
     if named.split is None and len(names) == 1:
         return names[0]
-    split, where = named.split or DEFAULT_SPLIT, named.dataset_id
-    if split not in names:
-        raise UserError(f"the data set has no split {split!r}", where, f"{_nearest(split, names)}set split in {key}")
-    return split
+    if named.split is None:
+        problem = "the data set has several splits, and none is named"
+        raise UserError(problem, named.dataset_id, f"{_nearest(None, names)}set split in {key}")
+    for split in split_names(named.split):
+        if split not in names:
+            problem = f"the data set has no split {split!r}"
+            raise UserError(problem, named.dataset_id, f"{_nearest(split, names)}set split in {key}")
+    return named.split
+
+
+def split_names(split: str) -> list[str]:
+    """The splits that ``datasets``' own notation names: train and test of ``train[:50%]+test``."""
+    return [part.strip().partition("[")[0] for part in split.split("+")]
+
+
+def _slices(builder: Any, split: str) -> list[Any]:
+    """The parts of a directory's data set, as streams; a part by numbers or by per cent needs the length of its split,
+    which is then read once more."""
+    from datasets import ReadInstruction
+
+    streams = {name: builder.as_streaming_dataset(split=name) for name in split_names(split)}
+    if split in streams:
+        return list(streams.values())
+    lengths = {name: sum(table.num_rows for table in _tables([stream])) for name, stream in streams.items()}
+    parts = ReadInstruction.from_spec(split).to_absolute(lengths)
+    spans = [
+        (part.splitname, part.from_ or 0, lengths[part.splitname] if part.to is None else part.to) for part in parts
+    ]
+    return [streams[name].skip(start).take(stop - start) for name, start, stop in spans]
+
+
+def _tables(parts: list[Any]) -> Iterator[Any]:
+    """The rows as Arrow tables, a few in each."""
+    for part in parts:
+        yield from part.with_format("arrow").iter(batch_size=PARQUET_ROWS)
 
 
 def _name(name: str, named: Named, split: str) -> str:

@@ -10,9 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from trace_ds.corpora.records import first_line
 from trace_ds.errors import UserError
@@ -43,6 +41,17 @@ AHEAD = 3  # batches under way for each thread
 OWN_THREADS = "TOKENIZERS_PARALLELISM"
 
 Encode = Callable[[list[str]], list[list[int]]]
+R = TypeVar("R")
+
+
+class HasText(Protocol):
+    """What is tokenised."""
+
+    @property
+    def text(self) -> str: ...
+
+
+D = TypeVar("D", bound=HasText)
 
 
 def tokenizer_fingerprint(path: str | Path) -> str:
@@ -137,28 +146,21 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     return encode
 
 
-def encode_documents(documents: Iterable[str], encode: Encode, threads: int = 1) -> Iterator[np.ndarray]:
-    """The int32 ids of each document, in order.
+def encode_documents(documents: Iterable[D], encode: Callable[[list[D]], list[R]], threads: int = 1) -> Iterator[R]:
+    """What ``encode`` makes of each document (``text``: its size), in order.
 
     The threads encode while this one reads and packs: the tokenizers library runs beside Python.
-
-    Args:
-        encode: texts → ids, as :func:`encoder` gives.
     """
-    under_way: deque[Future[list[list[int]]]] = deque()
+    under_way: deque[Future[list[R]]] = deque()
     before, os.environ[OWN_THREADS] = os.environ.get(OWN_THREADS), "false"  # of the library, for each batch
     pool = ThreadPoolExecutor(threads)
-
-    def first() -> Iterator[np.ndarray]:
-        return (np.array(ids, dtype=np.int32) for ids in under_way.popleft().result())
-
     try:
         for batch in _batches(documents):
             under_way.append(pool.submit(encode, batch))
             if len(under_way) == AHEAD * threads:
-                yield from first()
+                yield from under_way.popleft().result()
         while under_way:
-            yield from first()
+            yield from under_way.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
         del os.environ[OWN_THREADS]
@@ -171,12 +173,12 @@ def default_threads() -> int:
     return min(cores, BUSY)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[D]) -> Iterator[list[D]]:
+    batch: list[D] = []
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document)
+        characters += len(document.text)
         if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0

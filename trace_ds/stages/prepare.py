@@ -8,30 +8,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.data import DataConfig
+from trace_ds.corpora.chat import DocumentEncoder, chat_template
 from trace_ds.corpora.dataset import (
     DOCUMENT_SCHEMA,
     ArrowWriter,
     PackingCounts,
+    Tokens,
     pack,
     text_start,
     write_rows,
 )
-from trace_ds.corpora.read import Document, check_files, corpus_fingerprint, read_documents
+from trace_ds.corpora.read import (
+    Document,
+    check_files,
+    corpus_fingerprint,
+    has_answers,
+    has_conversations,
+    read_documents,
+)
 from trace_ds.corpora.tokenizer import (
     default_threads,
     encode_documents,
-    encoder,
     load_tokenizer,
     tokenizer_fingerprint,
 )
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import replacing_directory
+from trace_ds.run.files import replacing_directory, sha256_text
 from trace_ds.run.log import stage_log
 from trace_ds.stages.inputs import check_vocabulary
 
@@ -86,6 +92,10 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> PrepareJob:
         check_files(config.data.corpus(side), f"data.{side}")
     inputs = {"tokenizer": tokenizer_fingerprint(config.model.tokenizer_path)}
     inputs |= {side: corpus_fingerprint(config.data.corpus(side)) for side in config.data.sides}
+    for side in config.data.sides:
+        if has_conversations(config.data.corpus(side), f"data.{side}"):
+            tokenizer = load_tokenizer(config.model.tokenizer_path)
+            inputs["chat_template"] = sha256_text(chat_template(tokenizer, f"data.{side}"))
     settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative"})
     return PrepareJob(config, run, inputs, settings)
 
@@ -96,24 +106,28 @@ def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTr
     eos = [tokenizer.eos_token_id] if data.add_eos and tokenizer.eos_token_id is not None else []
     table = ArrowWriter(directory / f"{side}_documents.arrow", DOCUMENT_SCHEMA)
 
+    encode = DocumentEncoder(tokenizer, bos, eos)
+    masked = has_answers(entries, f"data.{side}")
     pending: deque[Document] = deque()  # those that the threads have
 
-    def texts() -> Iterator[str]:
+    def documents() -> Iterator[Document]:
         for document in read_documents(entries, f"data.{side}"):
+            if document.answers_only and not masked:
+                fix = "give each an entry of its own"
+                raise UserError("conversations among texts, in one entry", document.where, fix)
             pending.append(document)
-            yield document.text
+            yield document
 
-    def tokenised() -> Iterator[np.ndarray]:
-        for ids in encode_documents(texts(), encoder(tokenizer), default_threads()):
+    def tokenised() -> Iterator[Tokens]:
+        for tokens in encode_documents(documents(), encode, default_threads()):
             document = pending.popleft()
-            ids = np.concatenate([bos, ids, eos]).astype(np.int32) if len(ids) else ids
-            table.add(document.source, len(ids), text_start(document.text))
-            yield ids
+            table.add(document.source, len(tokens), text_start(document.text))
+            yield tokens
 
     counts = PackingCounts()
     try:
         rows = pack(tokenised(), data.context_length, data.packing, counts)
-        write_rows(directory / f"{side}.arrow", rows)
+        write_rows(directory / f"{side}.arrow", rows, masked=masked)
     finally:
         table.close()
     where = ", ".join(entry.place for entry in entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +19,9 @@ DatasetText = Annotated[
     ),
 ]
 ConfigText = Annotated[str | None, Field(description="dataset: which of its configurations; default: the only one.")]
-SplitText = Annotated[str | None, Field(description="dataset: its split; default: train.")]
+SplitText = Annotated[
+    str | None, Field(description="dataset: its split, or a part of it (train[:50%]); default: the only one there is.")
+]
 
 
 class PathOrDataset:
@@ -59,21 +62,57 @@ def require_place(owner: str, path: str, dataset: str | None, **of_dataset: str 
             raise ValueError(f"{owner} has a {key}, which goes with dataset, not with path")
 
 
+Template = str | list[dict[str, str]]  # text, or the messages of a conversation
+
+TEXT = "{text}"
+# What rows without a "text" are made into when no template is given: the first whose columns are there.
+CONVERSATIONS: tuple[Template, ...] = (
+    "{messages}",
+    "{conversations}",
+    [{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{completion}"}],
+)
+
+
+def parts_of(text: str) -> list[tuple[str, str | None]]:
+    """A template's text: pieces of it as they stand, each followed by the value of a column (or by none)."""
+    parts = []
+    for literal, column, style, conversion in string.Formatter().parse(text):
+        if column == "" or style or conversion:
+            raise ValueError("a template holds names of columns in braces, such as {question}, and nothing else there")
+        parts.append((literal, column))
+    return parts
+
+
+def columns_of(template: Template) -> list[str]:
+    """The columns that a template names."""
+    texts = [template] if isinstance(template, str) else [message["content"] for message in template]
+    return list(dict.fromkeys(column for text in texts for _, column in parts_of(text) if column is not None))
+
+
 class CorpusEntry(PathOrDataset, Section):
     """Documents: files, or a data set by name (docs/data.md shows every form)."""
 
     path: PathText = Field(
         "",
-        description="A file (.jsonl, .json, .csv, .parquet, .txt; all but Parquet also .gz or .zst), a pattern with *, "
-        "or a folder of such files.",
+        description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; all but Parquet also .gz or .zst), a "
+        "pattern with *, or a folder of such files.",
     )
     dataset: DatasetText = None
     config: ConfigText = None
     split: SplitText = None
-    template: str = Field(
-        "{text}",
-        description="What a document is made of: columns (keys of a JSON object) in braces, and text; '{body}', or "
-        "'Question: {question}\\nAnswer: {answer}'. {{ and }} stand for braces.",
+    template: Template | None = Field(
+        None,
+        description="What a document is made of: columns (keys of a JSON object; meta.text of one inside another) in "
+        "braces, and text: '{body}', or 'Question: {question}\\nAnswer: {answer}'. {{ and }} stand for braces. A list "
+        "of messages, [{role: user, content: '{question}'}, {role: assistant, content: '{answer}'}], is rendered by "
+        "the tokenizer's chat template. Default: {text}; without that column {messages}, {conversations} or {prompt} "
+        "and {completion}, as a conversation. Columns of a text file: text, or paragraph.",
+    )
+    loss_on: Literal["answer", "all"] | None = Field(
+        None,
+        description="Tokens that losses and routing statistics count: answer (what the assistant says; with a "
+        "template of text the value of its last column and what follows) or all. Default: answer for conversations, "
+        "all for text.",
     )
     rows: Integer | None = Field(None, ge=1, description="Only the first so many rows (documents of a text file).")
     source: str | None = Field(
@@ -81,28 +120,21 @@ class CorpusEntry(PathOrDataset, Section):
         description="Name shown in reports; default: the row's own 'source', else the name of the file or data set.",
     )
 
-    @property
-    def parts(self) -> list[tuple[str, str | None]]:
-        """The text of a document: pieces of it as they stand, each followed by the value of a column (or by none)."""
-        parts = []
-        for text, column, style, conversion in string.Formatter().parse(self.template):
-            if column == "" or style or conversion:
-                raise ValueError(
-                    "a template holds names of columns in braces, such as {question}, and nothing else there"
-                )
-            parts.append((text, column))
-        return parts
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns that make the text of a document."""
-        return list(dict.fromkeys(column for _, column in self.parts if column is not None))
+    def template_for(self, columns: Collection[str]) -> Template:
+        """What makes a document of a row with these columns."""
+        if self.template is None and "text" not in columns:
+            return next((each for each in CONVERSATIONS if set(columns_of(each)) <= set(columns)), TEXT)
+        return self.template or TEXT
 
     @model_validator(mode="after")
     def _says_where(self) -> CorpusEntry:
         require_place("a corpus", self.path, self.dataset, config=self.config)
+        template = TEXT if self.template is None else self.template
+        if not isinstance(template, str) and any(set(message) != {"role", "content"} for message in template):
+            raise ValueError("template: each message has a role and a content, and nothing else")
         try:
-            if not self.columns:
+            columns = columns_of(template)
+            if not columns:
                 raise ValueError("the template names no column: write for example {question}")
         except ValueError as error:  # str.format's own are terse: expected '}' before end of string
             raise ValueError(f"template: {error}") from None

@@ -1,0 +1,240 @@
+"""Conversations: the tokens counted and trained equal a mask by brute force, whatever the template and form."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from stage_calls import prepare
+
+from trace_ds.config.load import load_config
+from trace_ds.config.schema import Config
+from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.corpora.tokenizer import load_tokenizer
+from trace_ds.errors import UserError
+from trace_ds.run.artefact import Artefact
+from trace_ds.run.directory import RunDirectory
+from trace_ds.unlearning.batches import Batches
+
+MARKED = (  # SmolLM3's way: the template says what the assistant generates
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m['content'] }}"
+    "<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INSTRUCT = (  # Mixtral's: no marks, no prompt for an answer, and it refuses what is not in turn
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('user and assistant must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+    " [INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+THINKING = (  # Qwen3's: no marks, and only the last answer keeps its empty thoughts
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think>\n\n"
+    "</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+Pieces = list[tuple[str, bool]]
+
+
+def marked(messages: list[dict[str, str]]) -> Pieces:
+    pieces: Pieces = []
+    for message in messages:
+        answer = message["role"] == "assistant"
+        pieces += [
+            (f"<|im_start|>{message['role']}\n", False),
+            (message["content"] + "<|im_end|>", answer),
+            ("\n", False),
+        ]
+    return pieces
+
+
+def instruct(messages: list[dict[str, str]]) -> Pieces:
+    pieces: Pieces = [("<s>", False)]
+    for message in messages:
+        answer = message["role"] == "assistant"
+        pieces.append(
+            (f" {message['content'].strip()}</s>" if answer else f" [INST] {message['content']} [/INST]", answer)
+        )
+    return pieces
+
+
+def thinking(messages: list[dict[str, str]]) -> Pieces:
+    pieces: Pieces = []
+    for message in messages:
+        answer = message["role"] == "assistant"
+        thoughts = "<think>\n\n</think>\n\n" if answer and message is messages[-1] else ""
+        pieces += [(f"<|im_start|>{message['role']}\n", False), (f"{thoughts}{message['content']}<|im_end|>\n", answer)]
+    return pieces
+
+
+TEMPLATES: dict[str, tuple[str, Callable[[list[dict[str, str]]], Pieces]]] = {
+    "marked": (MARKED, marked),
+    "instruct": (INSTRUCT, instruct),
+    "thinking": (THINKING, thinking),
+}
+WORDS = tiny.sentences(60, 5, tiny.WORDS)
+CHATS = [
+    [
+        {"role": ("user", "assistant")[turn % 2], "content": WORDS[(number + 7 * turn) % 60]}
+        for turn in range(2 * (1 + number % 3))
+    ]
+    for number in range(30)
+]
+
+
+def by_hand(tokenizer: Any, pieces: Pieces) -> tuple[list[int], list[bool]]:
+    """(ids, whether a character of the token is of an answer), from the lengths of the tokens (all is ASCII)."""
+    ids = tokenizer("".join(text for text, _ in pieces), add_special_tokens=False)["input_ids"]
+    answer = [of for text, of in pieces for _ in text]
+    mask, at = [], 0
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        mask.append(any(answer[at : at + len(token)]))
+        at += len(token)
+    assert at == len(answer)
+    return ids, mask
+
+
+def share_gpt(chat: list[dict[str, str]]) -> dict[str, Any]:
+    names = {"user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in chat]}
+
+
+@pytest.fixture(scope="module")
+def chat_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("chat")
+    for name, (template, _) in TEMPLATES.items():
+        shutil.copytree(tiny_model, folder / name)
+        (folder / name / "chat_template.jinja").write_text(template)
+    return {name: folder / name for name in TEMPLATES}
+
+
+def prepared(
+    folder: Path, model: Path, rows: list[dict[str, Any]], **entry: Any
+) -> tuple[Config, RunDirectory, Artefact]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny.write_config(folder, model, data__retain=[{"path": str(folder / "rows.jsonl")} | entry])
+    loaded, path = load_config(str(config), [], folder / "run")
+    run = RunDirectory.at(path)
+    return loaded, run, prepare(loaded, run)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_mask_equals_brute_force(name: str, chat_models: dict[str, Path], tmp_path: Path) -> None:
+    """In every form; packing and the order of rows are those of the ids alone, and every reader counts the same."""
+    tokenizer = load_tokenizer(chat_models[name])
+    expected = [by_hand(tokenizer, TEMPLATES[name][1](chat)) for chat in CHATS]
+    forms = {"messages": [{"messages": chat} for chat in CHATS], "sharegpt": [share_gpt(chat) for chat in CHATS]}
+    for form, rows in forms.items():
+        config, _, data = prepared(tmp_path / form, chat_models[name], rows)
+        dataset = TokenDataset.open(data.file("retain.arrow"))
+        everything = prepared(tmp_path / f"{form}-all", chat_models[name], rows, loss_on="all")[2]
+        whole = TokenDataset.open(everything.file("retain.arrow"))
+        assert dataset.input_ids_T[:].tolist() == [token for ids, _ in expected for token in ids]
+        mask_T = np.array([flag for _, mask in expected for flag in mask])
+        assert np.asarray(dataset.loss_mask_T[:], bool).tolist() == mask_T.tolist() and whole.loss_mask_T is None
+        assert (whole.row_starts_R1 == dataset.row_starts_R1).all() and everything.content != data.content
+        counted = []  # by hand: the next token is of the row, of the document, and of an answer
+        for number in range(len(dataset)):
+            start, stop = dataset.row_starts_R1[number : number + 2]
+            ids = dataset.document_ids_T[start:stop]
+            counted += [
+                t + 1 < stop - start and ids[t + 1] == ids[t] and mask_T[start + t + 1] for t in range(stop - start)
+            ]
+        assert dataset.counted(0, dataset.tokens).tolist() == counted
+        assert data.summary["retain"]["counted_tokens"] == sum(counted) == dataset.counted_per_row().sum() > 0
+        batch = dataset.batch(range(len(dataset)), 2)
+        assert batch.counted_BS[batch.document_ids_BS >= 0].tolist() == counted
+        rows_R = np.split(np.array(counted), dataset.row_starts_R1[1:-1])
+        by_ids = {tuple(dataset.row(number).input_ids): mask for number, mask in enumerate(rows_R)}
+        ones_R = np.ones(len(dataset))
+        batches = Batches(config.unlearning, config.seed, dataset, dataset, None, ones_R, None)
+        for step in range(3):
+            shares = [batches.at(step, rank, 2) for rank in (0, 1)]
+            trained = 0
+            for micro_batch in (each for share in shares for each in share.micro_batches):
+                for ids, flags in zip(micro_batch.input_ids_BS.tolist(), micro_batch.counted_BS.numpy(), strict=True):
+                    size = next((n for n in range(len(ids), 0, -1) if tuple(ids[:n]) in by_ids), 0)
+                    assert flags[:size].tolist() == by_ids[tuple(ids[:size])].tolist() and not flags[size:].any()
+                    trained += int(flags.sum())
+            assert trained == shares[0].forget_tokens + shares[0].retain_tokens
+
+
+def test_a_question_and_its_answer(chat_models: dict[str, Path], tmp_path: Path) -> None:
+    """Two columns become a conversation where their names say so or a list of messages does; a template of text counts
+    its last column."""
+    rows = [{"prompt": chat[0]["content"], "completion": chat[1]["content"]} for chat in CHATS]
+    template = [{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{completion}"}]
+    data = {
+        name: prepared(tmp_path / name, chat_models["marked"], each, **entry)[2]
+        for name, each, entry in (
+            ("chat", [{"messages": chat[:2]} for chat in CHATS], {}),
+            ("columns", rows, {}),
+            ("template", rows, {"template": template}),
+            ("inside", [{"prompt": [chat[0]], "completion": [chat[1]]} for chat in CHATS], {}),
+            ("text", rows, {"template": "Q: {prompt} A:{completion}!", "loss_on": "answer"}),
+        )
+    }
+    same = {data[name].files["retain.arrow"]["sha256"] for name in ("chat", "columns", "template", "inside")}
+    assert len(same) == 1
+    tokenizer = load_tokenizer(chat_models["marked"])
+    dataset = TokenDataset.open(data["text"].file("retain.arrow"))
+    expected_ids, expected = [], []
+    for row in rows:
+        ids, mask = by_hand(tokenizer, [(f"Q: {row['prompt']} A:", False), (row["completion"] + "!", True)])
+        expected_ids += [0, *ids, 1]
+        expected += [False, *mask, True]
+    assert dataset.input_ids_T[:].tolist() == expected_ids
+    assert np.asarray(dataset.loss_mask_T[:], bool).tolist() == expected
+
+
+def test_plain_data_stay_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"text": text} for text in WORDS]
+    _, _, data = prepared(tmp_path, tiny_model, rows)
+    dataset = TokenDataset.open(data.file("retain.arrow"))
+    assert dataset.loss_mask_T is None and set(data.inputs) == {"tokenizer", "forget", "retain"}
+
+
+def test_the_template_is_part_of_the_identity(chat_models: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"messages": chat} for chat in CHATS]
+    identities = {
+        prepared(tmp_path / f"{name}{loss_on}", chat_models[name], rows, loss_on=loss_on)[2].identity
+        for name in TEMPLATES
+        for loss_on in ("answer", "all")
+    }
+    assert len(identities) == 6
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "entry", "message"),
+    [
+        ("", [{"messages": CHATS[0]}], {}, "the corpus has conversations, and the tokenizer no chat template"),
+        (
+            "instruct",
+            [{"messages": CHATS[0][::-1]}],
+            {},
+            "refuses the conversation (user and assistant must alternate)",
+        ),
+        ("thinking", [{"messages": CHATS[0][1:]}], {}, "where an answer begins or ends cannot be told"),
+        ("marked", [{"messages": [{"role": "user", "content": 3}]}], {}, "a message holds role, content and no role"),
+        ("marked", [{"messages": [{"role": "user", "content": "a b"}]}], {}, "the retain corpus has no usable token"),
+        ("marked", [{"text": "a"}], {"loss_on": "answer"}, "the text has no question before its answer"),
+        ("marked", [{"text": "a b"}, {"messages": CHATS[0]}], {}, "conversations among texts, in one entry"),
+    ],
+)
+def test_faults(
+    model: str,
+    rows: list[Any],
+    entry: Any,
+    message: str,
+    chat_models: dict[str, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError) as caught:
+        prepared(tmp_path, chat_models.get(model, tiny_model), rows, **entry)
+    assert message in caught.value.line(), caught.value.line()
