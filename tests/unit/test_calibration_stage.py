@@ -192,16 +192,13 @@ def test_a_retain_corpus_of_one_document_is_calibrated(tmp_path, apply: str) -> 
     assert any("1 document(s)" in line for line in calibration.summary["warnings"])
 
 
-def test_a_solver_that_ends_early_is_an_error_unless_it_is_allowed_to(job, monkeypatch) -> None:
+def test_a_solver_that_ends_early_is_an_error(job, monkeypatch) -> None:
     monkeypatch.setattr(raking, "MAX_PASSES", 2)
     monkeypatch.setattr(raking, "MAX_STRENGTHS", 2)
     config, run = job()
-    with pytest.raises(UserError, match=r"the solver ended short of its targets.*allow_unconverged: true"):
+    with pytest.raises(UserError, match=r"the solver ended short of its targets.*calibration.experts: selected"):
         calibrate(config, run)
     assert not run.calibration.exists()
-    config, run = job(calibration__allow_unconverged=True)
-    calibration = calibrate(config, run)
-    assert any("the solver ended short of its targets" in line for line in calibration.summary["warnings"])
 
 
 def test_the_same_text_as_forget_and_retain_is_called_that(job) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trace_ds.calibration.detect import Detection
-from trace_ds.calibration.raking import REASONS, RakingResult
+from trace_ds.calibration.raking import REASONS
 from trace_ds.calibration.rules import RuleResult
 from trace_ds.calibration.weights import SlicedTokens
 from trace_ds.config.sections.calibration import CONTROL_RULES, CalibrationConfig
@@ -168,18 +168,9 @@ def find_warnings(config: CalibrationConfig, detection: Detection, result: RuleR
                 f"the rows' weights are nearly equal (effective sample size {row_ess(result):.1%} of the rows): "
                 "sampling by them will hardly differ from uniform sampling"
             )
-    if result.raking is not None and not result.converged:
-        lines.append(unconverged(result.raking))
     if result.exponent < 1.0 and not control and not by_rows:
         lines.append(f"the weights were raised to the power {result.exponent:.3f} to keep the effective sample size")
     return lines
-
-
-def unconverged(raking: RakingResult) -> str:
-    return (
-        f"the solver ended short of its targets after {raking.passes} passes over all tokens (lambda "
-        f"{raking.strength:.3f}): frequencies miss them by up to {raking.error:.1e}"
-    )
 
 
 def diagnose(
@@ -205,7 +196,6 @@ def diagnose(
         "ess_floor": config.ess_floor,
         "max_weight": result.max_weight,
         "iterations": 0 if raking is None else raking.passes,
-        "converged": result.converged,
         "solve_error": 0.0 if raking is None else raking.error,
         "gap_closed": gap_closed(detection, result),
         "none_found": not bool(detection.selected_LE.any()),

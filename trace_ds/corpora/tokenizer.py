@@ -41,7 +41,7 @@ AHEAD = 3  # batches under way for each thread
 OWN_THREADS = "TOKENIZERS_PARALLELISM"
 
 Encode = Callable[[list[str]], list[list[int]]]
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 
 class HasText(Protocol):
@@ -51,7 +51,7 @@ class HasText(Protocol):
     def text(self) -> str: ...
 
 
-D = TypeVar("D", bound=HasText)
+_D = TypeVar("_D", bound=HasText)
 
 
 def tokenizer_fingerprint(path: str | Path) -> str:
@@ -146,12 +146,12 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     return encode
 
 
-def encode_documents(documents: Iterable[D], encode: Callable[[list[D]], list[R]], threads: int = 1) -> Iterator[R]:
+def encode_documents(documents: Iterable[_D], encode: Callable[[list[_D]], list[_R]], threads: int = 1) -> Iterator[_R]:
     """What ``encode`` makes of each document (``text``: its size), in order.
 
     The threads encode while this one reads and packs: the tokenizers library runs beside Python.
     """
-    under_way: deque[Future[list[R]]] = deque()
+    under_way: deque[Future[list[_R]]] = deque()
     before, os.environ[OWN_THREADS] = os.environ.get(OWN_THREADS), "false"  # of the library, for each batch
     pool = ThreadPoolExecutor(threads)
     try:
@@ -173,8 +173,8 @@ def default_threads() -> int:
     return min(cores, BUSY)
 
 
-def _batches(documents: Iterable[D]) -> Iterator[list[D]]:
-    batch: list[D] = []
+def _batches(documents: Iterable[_D]) -> Iterator[list[_D]]:
+    batch: list[_D] = []
     characters = 0
     for document in documents:
         batch.append(document)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trace_ds.calibration.detect import Detection, detect
-from trace_ds.calibration.diagnose import DocumentSources, diagnose, unconverged
+from trace_ds.calibration.diagnose import DocumentSources, diagnose
 from trace_ds.calibration.rules import (
     RuleResult,
     WeightRequest,
@@ -77,7 +77,7 @@ class CalibrateJob:
 
     @property
     def settings(self) -> dict[str, Any]:
-        settings = self.config.calibration.model_dump(mode="json", exclude={"allow_unconverged"})
+        settings = self.config.calibration.model_dump(mode="json")
         return {**settings, "apply": self.config.unlearning.apply, "seed": self.config.seed}
 
     @property
@@ -189,19 +189,20 @@ def _make(
 
 def refuse_useless(config: Config, calibrated: RuleResult, run: RunDirectory) -> None:
     """Refuse weights that change nothing, unless the floor or the configuration asks for such, and those of a solver
-    that did not converge, unless ``allow_unconverged`` is set.
+    that did not converge.
+
     Raises:
         UserError: the weights are uniform, or so nearly that nothing would be calibrated; or the solver did not
             converge.
     """
     settings = config.calibration
     raking = calibrated.raking
-    if raking is not None and not raking.converged and not settings.allow_unconverged:
+    if raking is not None and not raking.converged:
         raise UserError(
-            unconverged(raking),
+            f"the solver ended short of its targets after {raking.passes} passes over all tokens (lambda "
+            f"{raking.strength:.3f}): frequencies miss them by up to {raking.error:.1e}",
             str(run.calibration),
-            "use fewer experts (calibration.experts: selected) or another calibration.ess_floor, or go on with these "
-            "weights: calibration.allow_unconverged: true",
+            "use fewer experts (calibration.experts: selected) or another calibration.ess_floor",
         )
     if calibrated.scope_LE.any() and calibrated.ess > UNIFORM_ESS and settings.ess_floor <= UNIFORM_ESS:
         raise UserError(

@@ -49,7 +49,6 @@ class CalibrationConfig(Section):
         description="No forget-critical expert found: stop with exit status 2; go on with uniform weights; or continue "
         "with the rule over what experts says (all: every expert is matched; selected: nothing is, uniform weights).",
     )
-    allow_unconverged: bool = Field(False, description="Go on with weights whose solver ended short of its targets.")
 
     @model_validator(mode="after")
     def _sources(self) -> CalibrationConfig:
