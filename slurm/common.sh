@@ -14,7 +14,7 @@
 #   MAX_RESTARTS        how often a job may have been restarted before it stops requeueing itself; default 20
 #   TRACE_DS_HOME       this repository; default: the folder sbatch was called in
 #   TRACE_DS_STAGES     verbs to run instead of the script's own list, e.g. "unlearn convert"
-#   TRACE_DS_VARIANTS   names of the config's `variants` to run beside it; default: all; empty: none
+#   TRACE_DS_VARIANTS   names of the config's `variants` to run beside it, or all; default: none (as --variants)
 #   TRACE_DS_NODE_WAIT_S  how long a failed job waits for SLURM to miss a node before the failure is its own; default 300
 #   TRACE_DS_SITE_ENV   the site file (empty: none); default slurm/site.env of the folder sbatch was called in, else
 #                       ~/.config/trace_ds/site.env
@@ -114,16 +114,17 @@ split_words() {
   [[ -z $lines ]] || mapfile -t words <<<"$lines"
 }
 
-# Sorts the arguments: --run-dir is taken out and settles `run_dir` (absolute; else RUN_DIR, else runs/NAME); --ep and
-# --nproc, which not every verb knows, become the --set that means the same to every verb.
+# Sorts the arguments: --run-dir is taken out and settles `run_dir` (absolute; else RUN_DIR, else runs/NAME); --variants is
+# taken out and settles TRACE_DS_VARIANTS; --ep and --nproc, which not every verb knows, become the --set that means the
+# same to every verb.
 sort_arguments() {
   local sorted=() value=${RUN_DIR:-} option
   while ((${#arguments[@]})); do
     option=${arguments[0]}
     arguments=("${arguments[@]:1}")
     case $option in
-      --run-dir=* | --ep=* | --nproc=*) arguments=("${option#*=}" "${arguments[@]}") ;;
-      --run-dir | --ep | --nproc) ((${#arguments[@]})) || die "$option needs a value" ;;
+      --run-dir=* | --ep=* | --nproc=* | --variants=*) arguments=("${option#*=}" "${arguments[@]}") ;;
+      --run-dir | --ep | --nproc | --variants) ((${#arguments[@]})) || die "$option needs a value" ;;
       *)
         sorted+=("$option")
         continue
@@ -131,6 +132,7 @@ sort_arguments() {
     esac
     case $option in
       --run-dir*) value=${arguments[0]} ;;
+      --variants*) export TRACE_DS_VARIANTS=${arguments[0]//,/ } ;;
       --ep*) sorted+=(--set "distributed.ep=${arguments[0]}") ;;
       --nproc*) sorted+=(--set "distributed.nproc=${arguments[0]}") ;;
     esac
@@ -294,16 +296,17 @@ keep_log() {
   ln -sf "$kept" "$log"
 }
 
-# Makes `variants`, the names of the config's variants, and `finetunes`, whether it has models fine-tuned: as its dry run
-# says, which is asked only where that matters to the stages.
+# Makes `variants`, the names of those that run too, and `finetunes`, whether the config has models fine-tuned: as its dry
+# run says, which is asked only where that matters to the stages.
 read_config() {
-  local resolved
+  local resolved every=()
   finetunes=0
   read -ra variants <<<"${TRACE_DS_VARIANTS:-}"
-  [[ -z ${TRACE_DS_VARIANTS+set} || " $* " == *" finetune "* ]] || return 0
-  resolved=$(run_single run "$config" --run-dir "$run_dir" "${arguments[@]}" --dry-run) || return
+  [[ ${variants[*]} != all ]] || every=(--variants all)
+  [[ -n ${every[*]} || " $* " == *" finetune "* ]] || return 0
+  resolved=$(run_single run "$config" --run-dir "$run_dir" "${arguments[@]}" "${every[@]}" --dry-run) || return
   ! grep -q '^# run directory: .*would run: prepare, finetune, ' <<<"$resolved" || finetunes=1
-  [[ -z ${TRACE_DS_VARIANTS+set} ]] || return 0
+  [[ -n ${every[*]} ]] || return 0
   mapfile -t variants < <(sed -n 's/^# variant \([^:]*\): .*/\1/p' <<<"$resolved")
 }
 

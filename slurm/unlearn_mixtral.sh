@@ -10,7 +10,7 @@
 # same line can be submitted again at any time. Near the time limit finetune, collect and unlearn save what they have and the
 # job goes back into the queue by itself (see common.sh for the variables and the exit statuses). Another stage that is then
 # running has the 300 s to finish; if it does not, its work is lost and the job ends as TIMEOUT. slurm/chain.sh runs the same stages as
-# separate jobs, so that no GPU waits while one process converts. A config's `variants` run too, stage by stage.
+# separate jobs, so that no GPU waits while one process converts. With `--variants all` (or NAME,NAME) the config's variants run too, stage by stage.
 #
 # Stop now, go on later by itself: scancel --batch --signal=USR1 JOBID. Stop for good: touch RUN_DIR/stop. Both save first.
 # PreemptParameters=send_user_signal in the cluster's slurm.conf makes a preemption do the former.

@@ -70,6 +70,9 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolve
 NprocOption = Annotated[int | None, typer.Option("--nproc", min=1, help="Local processes (without a launcher).")]
 EpOption = Annotated[int | None, typer.Option("--ep", min=1, help="Expert-parallel size.")]
 VariantOption = Annotated[str | None, typer.Option("--variant", help="One of the config's variants instead.")]
+VariantsOption = Annotated[
+    str, typer.Option("--variants", metavar="all|NAME,…", help="Variants of the config to run too; default: none.")
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", callback=_set_verbose, help="Print full logs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -163,7 +166,7 @@ def _refuse_ranks(verb: str) -> None:
 
 
 def _add_stage(name: str, help_text: str) -> None:
-    """Add the verb of one stage, or of all (``run``); they share their options."""
+    """Add the verb of one stage; they share their options."""
 
     @app.command(name, help=help_text)
     def run_stages(
@@ -190,6 +193,29 @@ def _run_verb(
     if variant is not None:
         request = request.variant(variant)
     raise typer.Exit(run_verb(name, request, dry_run=dry_run))
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    variants: VariantsOption = "",
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run all stages; skips what is done and continues after a kill."""
+    from trace_ds.stages.pipeline import Request, run_verb
+
+    sizes = [f"distributed.{key}={value}" for key, value in (("nproc", nproc), ("ep", ep)) if value is not None]
+    request = Request.load(config, [*(set_ or []), *sizes], run_dir).with_variants(variants)
+    if dry_run:
+        from trace_ds.cluster.plan import summary_line
+
+        print(f"# {summary_line(request)}")
+    raise typer.Exit(run_verb("run", request, dry_run=dry_run))
 
 
 @app.command()
@@ -225,7 +251,6 @@ def fetch(
 
 
 for _name, _help in {
-    "run": "Run all stages; skips what is done and continues after a kill.",
     "prepare": "Tokenise and pack the corpora.",
     "finetune": "Train the models that a benchmark needs: target, retrained (distributed).",
     "collect": "Count how often each expert is selected on each corpus (distributed).",
@@ -319,6 +344,7 @@ def submit(
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     ep: EpOption = None,
+    variants: VariantsOption = "",
     dry_run: DryRunOption = False,
 ) -> None:
     """The whole run (or study) as SLURM jobs: check it, write the scripts into the run directory, submit them."""
@@ -333,7 +359,8 @@ def submit(
         if array:
             raise UserError("a study has seeds of its own", "--array", "leave it out")
         raise typer.Exit(submit_study(config, run_dir, changes, cluster, chain=chain, dry_run=dry_run))
-    raise typer.Exit(submit_run(Request.load(config, changes, run_dir), cluster, chain=chain, dry_run=dry_run))
+    request = Request.load(config, changes, run_dir).with_variants(variants)
+    raise typer.Exit(submit_run(request, cluster, chain=chain, dry_run=dry_run))
 
 
 @app.command()
@@ -365,6 +392,7 @@ def plan(
     inter: Annotated[float, typer.Option(min=0.001, help="GB/s of a GPU's link to other nodes, each way.")] = 50.0,
     storage: Annotated[float, typer.Option(min=0.001, help="GB/s of the shared storage, all nodes together.")] = 10.0,
     host_memory: Annotated[float, typer.Option(min=0.001, help="GB of a node's own memory.")] = 1000.0,
+    variants: VariantsOption = "",
     json: JsonOption = False,
 ) -> None:
     """Memory, time and communication of a config on a cluster, without loading weights; of a MODEL alone, too."""
@@ -386,8 +414,8 @@ def plan(
     changes = list(set_ or [])
     if set(config) <= set(recipe_names("model")):  # corpora of unknown length
         changes = [f"data.{side}=[{{path: no task}}]" for side in ("forget", "retain")] + changes
-    request = Request.load(config, changes, run_dir).located("plan", download=False)
-    raise typer.Exit(plan_command(request.config, spec, json))
+    request = Request.load(config, changes, run_dir).with_variants(variants).located("plan", download=False)
+    raise typer.Exit(plan_command(request.chosen_config, spec, json, set(request.written.variants)))
 
 
 @app.command()

@@ -262,7 +262,7 @@ def test_fine_tuning_comes_first_and_variants_run_stage_by_stage(place: Workplac
     (place.fake / "variants").write_text("uniform\npermuted\n")
     (place.fake / "dry_run").write_text("# run directory: x; would run: prepare, finetune, collect, report\n")
     (place.fake / "finetune.waits").touch()
-    job = place.submit("books")
+    job = place.submit("books", "--variants", "all")
     place.signal_when_running(job, "finetune")
     assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
     assert place.verbs(0) == ["prepare", "finetune"]
@@ -315,7 +315,7 @@ def test_pyxis_runs_every_stage_in_the_image(place: Workplace) -> None:
     mounts = ",".join(f"{path}:{path}" for path in ("/models", REPOSITORY, place.folder, place.run_dir))
     said = (place.fake / "container").read_text().splitlines()
     one = ["--container-image=/images/t.sqsh", f"--container-mounts={mounts}", f"--container-workdir={place.folder}"]
-    assert said == one * (1 + len(STAGES))  # the list of variants first
+    assert said == one * (1 + len(STAGES))  # the dry run that tells of fine-tuning first
 
 
 # Stands for the package under `torchrun -m trace_ds` and `deepspeed --module trace_ds`.

@@ -163,6 +163,8 @@ def test_one_variant_of_a_run(request_: Request, tmp_path: Path, capsys: pytest.
     changes = {"variants": {"even": {"calibration.rule": "uniform"}}}
     request = Request(with_changes(request_.config, changes, "test"), request_.run)
     assert run_verb("run", request, dry_run=True) == 0
+    assert "# variant" not in capsys.readouterr().out  # none is run by default
+    assert run_verb("run", request.with_variants("even"), dry_run=True) == 0
     assert (
         "\n# variant even: {'calibration.rule': 'uniform'}\n" in capsys.readouterr().out
     )  # what slurm/common.sh reads
@@ -170,4 +172,4 @@ def test_one_variant_of_a_run(request_: Request, tmp_path: Path, capsys: pytest.
     assert variant.config.calibration.rule == "uniform" and variant.run.data == request.run.data
     assert variant.run.path == request.run.path / "variants" / "even"
     with pytest.raises(UserError, match=r"no variant 'odd'.*use one of its own: even"):
-        request.variant("odd")
+        request.with_variants("even,odd")

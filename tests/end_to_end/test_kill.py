@@ -53,10 +53,10 @@ def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path, ser
         tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, variants={"uniform": {"calibration.rule": "uniform"}}
     )
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    result = server.run(["run", config, "--run-dir", undisturbed], tmp_path, **JOB)
+    result = server.run(["run", config, "--run-dir", undisturbed, "--variants", "all"], tmp_path, **JOB)
     assert result.returncode == 0, result.stderr[-3000:]
     draw = random.Random(5)
-    command = ["run", config, "--run-dir", disturbed]
+    command = ["run", config, "--run-dir", disturbed, "--variants", "uniform"]
     for stage in STAGES:
         result = server.run(command, tmp_path, **JOB, kill=(f"{disturbed}/{WRITES[stage]}", draw.randint(1, 3)))
         assert result.returncode == -signal.SIGKILL, (stage, result)

@@ -58,7 +58,7 @@ def test_runs_and_their_variants_fit_the_model(model: str, tmp_path: Path) -> No
     """What is trained, steered and selected exists in a model of the family; of every variant too."""
     directory = write_model(tmp_path, model)
     for task in TASKS:
-        request = Request.load([task, model], [f"model.path={directory}"], tmp_path / task)
+        request = Request.load([task, model], [f"model.path={directory}"], tmp_path / task).with_variants("all")
         assert len(request.all()) == 7
         for item in request.all():
             check_unlearning_settings(item.config, inspect_model(request.config.model.path))
@@ -97,7 +97,7 @@ def from_fetch_to_report(place: Place, folder: Path, words: list[str]) -> Path:
     fetched = place.server.run(["fetch", *words], folder, {"HF_TOKEN": READER}, time_s=300)
     assert fetched.returncode == 0, fetched
     requested = len(place.hub.requests)
-    done = place.without.run(["run", *words], folder, time_s=600, memory_bytes=8 << 30)
+    done = place.without.run(["run", *words, "--variants", "all"], folder, time_s=600, memory_bytes=8 << 30)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert place.hub.requests[requested:] == []
     return folder / "runs" / f"{words[0]}-{words[1]}"

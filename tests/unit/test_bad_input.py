@@ -271,7 +271,12 @@ CASES: list[tuple[str, str, Change, str]] = [
         nothing,
         "unknown key 'calibration.rul'",
     ),
-    ("layer", f"{RUN} --set 'variants={{a: {{unlearning.rmu.layer: 99}}}}'", nothing, "layer 99 of a model with 3"),
+    (
+        "layer",
+        f"{RUN} --variants a --set 'variants={{a: {{unlearning.rmu.layer: 99}}}}'",
+        nothing,
+        "layer 99 of a model with 3",
+    ),
     ("gold", f"{RUN} --set 'evaluation.models={{gold: no/such/model}}'", nothing, "no/such/model: there is no model"),
     ("ds_config", f"{RUN} --set unlearning.ds_config=no/file.json", nothing, "DeepSpeed configuration cannot be read"),
 ]

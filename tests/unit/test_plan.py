@@ -493,11 +493,11 @@ def test_wrong_input_is_one_clear_line(tmp_path: Path) -> None:
 def test_the_command_prints_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(model_config("olmoe-1b-7b")), encoding="utf-8")
     config = run_config(model__path=str(tmp_path), distributed__ep=8)
-    assert plan_command(config, ClusterSpec(nodes=2), json=True) == 0
+    assert plan_command(config, ClusterSpec(nodes=2), True, set()) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["parameters"]["total"] == 6_919_161_856
     assert value["stages"]["unlearn"]["memory"]["peak_bytes"] > 0
-    assert plan_command(config, ClusterSpec(nodes=2), json=False) == 0
+    assert plan_command(config, ClusterSpec(nodes=2), False, set()) == 0
     printed = capsys.readouterr().out
     for word in (
         "6.919 B",
@@ -548,7 +548,9 @@ def test_every_option_of_the_command_reaches_the_cluster(monkeypatch: pytest.Mon
     from trace_ds.cli import app
 
     given: list[ClusterSpec] = []
-    monkeypatch.setattr("trace_ds.cluster.plan_view.plan_command", lambda config, spec, json: given.append(spec) or 0)
+    monkeypatch.setattr(
+        "trace_ds.cluster.plan_view.plan_command", lambda config, spec, json, variants: given.append(spec) or 0
+    )
     options = {
         "nodes": 3,
         "gpus_per_node": 5,

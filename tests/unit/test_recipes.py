@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +248,29 @@ def test_every_verb_takes_a_task_and_a_model(verb: str, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert "\nname: wmdp_cyber-olmoe_1b_7b\n" in said and "path: allenai/OLMoE-1B-7B-0924\n" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_trains_one_model_unless_variants_are_chosen(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line of `run --dry-run` and of `plan` says how many jobs, how long and how much storage."""
+    from trace_ds.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    for verb in (["run", "--dry-run"], ["plan"]):
+        lines = []
+        for chosen in ("", "npo,uniform", "all"):
+            with contextlib.suppress(SystemExit):
+                app([*verb, "wmdp_cyber", "olmoe_1b_7b", f"--variants={chosen}"], standalone_mode=False)
+            lines.append(capsys.readouterr().out.splitlines()[0].removeprefix("# "))
+        jobs, times, sizes = zip(*(line.split("; ") for line in lines), strict=True)
+        assert jobs == (
+            "1 training job (6 more with --variants all)",
+            "3 training jobs (4 more with --variants all)",
+            "7 training jobs",
+        )
+        assert all(re.fullmatch(r"at least [\d.]+ (s|min) on 1 x 8 GPUs of 80 GB", each) for each in times)
+        assert sorted(sizes, key=lambda each: float(each.removesuffix(" TB"))) == [*sizes] and len({*sizes}) == 3
 
 
 def test_what_makes_no_run_is_refused_before_anything_is_written(tmp_path: Path, server: Server) -> None:

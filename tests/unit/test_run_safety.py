@@ -89,7 +89,7 @@ def refused(project: Path, verb: str, run: Path | str, *changes: str) -> str:
     """The line with which a verb refuses, before it has changed anything in the project."""
     before = state(project)
     with pytest.raises(UserError) as error:
-        run_verb(verb, Request.load(str(project / "mine.yaml"), changes, Path(run)))
+        run_verb(verb, Request.load(str(project / "mine.yaml"), changes, Path(run)).with_variants("all"))
     assert state(project) == before
     return error.value.line()
 
@@ -132,7 +132,7 @@ def test_a_run_of_ours_is_taken_and_strangers_beside_ours_stay(project: Path) ->
         write(run.path / name)
         for name in ("notes.txt", "evaluation/notes.json", "checkpoints/step_1/x", "tb/x", "logs/x")
     ]
-    for request in Request.load(str(project / "mine.yaml"), [], run.path).all():
+    for request in Request.load(str(project / "mine.yaml"), [], run.path).with_variants("all").all():
         request.check_places()
         request.run.clear_leftovers()
     assert all(path.read_text() == "a thesis" for path in kept)

@@ -302,5 +302,6 @@ def run_check(config: Config, run_dir: Path, world_size: int | None) -> str:
     from trace_ds.run.directory import RunDirectory
     from trace_ds.stages.pipeline import Request, check_early
 
-    check_early("run", Request(config, RunDirectory.at(run_dir)), world_size, download=False)
+    request = Request(config, RunDirectory.at(run_dir)).with_variants("all")
+    check_early("run", request, world_size, download=False)
     return f"{len(config.evaluation.tasks)} tasks, {len(config.variants)} variants"

@@ -28,11 +28,14 @@ from trace_ds.config.compose import fragment_of, published_config, published_con
 from trace_ds.config.load import variants_of
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.finetune import FinetuneSettings
+from trace_ds.errors import UserError
 from trace_ds.hub.models import is_whole
 from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
 from trace_ds.stages.inputs import with_expert_parallel_sizes
+from trace_ds.stages.pipeline import Request
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config, read_model_directory
+from trace_ds.terminal import duration
 
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
@@ -148,6 +151,32 @@ def plan(config: Config, cluster: ClusterSpec) -> RunPlan:
     """
     values, where = model_config_of(config.model.path)
     return plan_model(values, config, cluster, where)
+
+
+def summary_line(request: Request) -> str:
+    """Training jobs, time and storage of a run on one node of eight 80 GB GPUs, in one line; only the number of jobs
+    where the model or its family is not known."""
+    others = set(request.written.variants)
+    try:
+        return jobs_line(plan(request.located("plan", download=False).chosen_config, ClusterSpec()), others)
+    except UserError:
+        names = ["unlearn", *request.chosen, *(request.written.finetune.models if request.written.finetune else ())]
+        return jobs_only(len(names), len(others - {*names}))
+
+
+def jobs_line(result: RunPlan, variants: set[str]) -> str:
+    """Training jobs, the least time of all their steps, and the storage of all their files, in one line."""
+    names = [name for name in result.stages if name != "collect"]
+    spec, seconds = result.cluster, sum(result.stages[name].at_least_s or 0 for name in names)
+    left = len(variants - {name.removeprefix("unlearn of ") for name in names})
+    gpus = f"{spec.nodes} x {spec.gpus_per_node} GPUs of {spec.gpu_memory_gb:g} GB"
+    return (
+        f"{jobs_only(len(names), left)}; at least {duration(seconds)} on {gpus}; {result.storage_bytes / 1e12:.2f} TB"
+    )
+
+
+def jobs_only(jobs: int, left: int) -> str:
+    return f"{jobs} training job{'s' * (jobs > 1)}" + (f" ({left} more with --variants all)" if left else "")
 
 
 def model_config_of(model_path: str) -> tuple[dict[str, Any], str]:

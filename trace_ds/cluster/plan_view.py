@@ -10,19 +10,23 @@ from rich.table import Table
 
 from trace_ds.cluster.job import GB, ClusterSpec
 from trace_ds.cluster.memory import PHASES
-from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, RunPlan, StagePlan, plan
+from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, RunPlan, StagePlan, jobs_line, plan
 from trace_ds.config.schema import Config
 from trace_ds.terminal import duration, narrow_table, size, wide_console
 
 SHOWN_CHOICES = 8
 
 
-def plan_command(config: Config, spec: ClusterSpec, json: bool) -> int:
-    """Print the plan as tables, or as JSON; exit status 0 also when nothing fits (the warnings say so)."""
+def plan_command(config: Config, spec: ClusterSpec, json: bool, variants: set[str]) -> int:
+    """Print the plan as tables, or as JSON; exit status 0 also when nothing fits (the warnings say so).
+
+    ``variants``: all that the configuration has; ``config`` has those that run.
+    """
     result = plan(config, spec)
     if json:
         print(json_module.dumps(as_dict(result), indent=1, sort_keys=True))
     else:
+        print(jobs_line(result, variants))
         print_plan(result)
     return 0
 

@@ -93,12 +93,13 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     request = replace(request, written=written)
     check_early("run", request, ranks, download=False)
     print(f"site settings: {site or 'none'}")
-    for warning in plan_warnings(request.config, cluster):
+    for warning in plan_warnings(request.chosen_config, cluster):
         print(f"WARNING trace-ds plan: {warning}")
     run_dir = Path(os.path.abspath(request.run.path))
     folder = run_dir / "submitted" / str(1 + len(list(run_dir.glob("submitted/[0-9]*"))))
     one_job = "" if chain else " ".join(request.stage_names("run"))
     variables = {"TRACE_DS_ONE_JOB": one_job, "TRACE_DS_FINETUNE": "1" if request.config.finetune is not None else ""}
+    variables |= {"TRACE_DS_VARIANTS": " ".join(request.chosen)} if request.chosen else {}
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:
             draft = Path(temporary) / "submission"

@@ -45,8 +45,8 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
     # What an earlier demo of another seed, package version or recipe left here is made anew.
     changes = [f"seed={seed}", "unlearning.resume=replace", *machine_overrides(), *overrides]
     requests = [
-        Request.load("demo", changes, run_dir),
-        Request.load("demo_verbatim", changes, run_dir / "verbatim"),
+        Request.load("demo", changes, run_dir).with_variants("all"),
+        Request.load("demo_verbatim", changes, run_dir / "verbatim").with_variants("all"),
     ]
     for request in requests:
         request.check_places()

@@ -1,4 +1,4 @@
-"""Running the stages: one alone, or all of them with their variants (``trace-ds run``).
+"""Running the stages: one alone, or all of them (``trace-ds run``), also of variants that are chosen.
 
     prepare → (finetune) → collect → calibrate → unlearn → convert → evaluate → report
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from trace_ds.config.load import dump_yaml, load_config, with_changes
+from trace_ds.config.load import dump_yaml, load_config, variants_of, with_changes
 from trace_ds.config.schema import Config
 from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
@@ -121,15 +121,18 @@ class Request:
     Attributes:
         written: the configuration as the user wrote it, which is stored in config.yaml.
         places: directories of the models that it names on the hub (:meth:`located`), by their names.
+        chosen: names of the variants that `run` does too (:meth:`with_variants`); none by default.
     """
 
     written: Config
     run: RunDirectory
     places: Mapping[str, str] = field(default_factory=dict)
+    chosen: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, config: str | Sequence[str], overrides: Sequence[str], run_dir: Path | None) -> Request:
         loaded, directory = load_config(config, overrides, run_dir)
+        variants_of(loaded)  # refuses changes that make no configuration, whether they are chosen or not
         return cls(loaded, RunDirectory.at(directory, dump_yaml(loaded)))
 
     @property
@@ -145,6 +148,19 @@ class Request:
         """
         return replace(self, places=find_models(self.written, self.run, verb, download=download))
 
+    def with_variants(self, names: str) -> Request:
+        """With variants chosen: ``all``, or names with commas between them; "" chooses none."""
+        chosen = tuple(self.written.variants) if names == "all" else tuple(filter(None, names.split(",")))
+        for name in chosen:
+            self.variant(name)  # refuses a name that the configuration does not have
+        return replace(self, chosen=chosen)
+
+    @property
+    def chosen_config(self) -> Config:
+        """:attr:`config` with the chosen variants only: what the cost model counts."""
+        variants = {name: self.written.variants[name] for name in self.chosen}
+        return self.config.model_copy(update={"variants": variants})
+
     def variant(self, name: str) -> Request:
         """The same run with the keys of ``variants.NAME`` changed, in ``RUN/variants/NAME``."""
         if name not in self.written.variants:
@@ -155,8 +171,8 @@ class Request:
         return Request(changed, self.run.variant(name, dump_yaml(changed)), self.places)
 
     def all(self) -> list[Request]:
-        """The run and its variants."""
-        return [self, *(self.variant(name) for name in self.written.variants)]
+        """The run and its chosen variants."""
+        return [self, *(self.variant(name) for name in self.chosen)]
 
     def work(self, verb: str) -> list[tuple[Stage, Request]]:
         """The stages that a verb runs, in order, each with the run or variant that it works on."""
@@ -200,7 +216,7 @@ def _inputs_of(config: Config) -> dict[str, Path]:
 
 
 def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
-    """Run one stage, or all (``run``) with those of the variants; returns the exit status."""
+    """Run one stage, or all (``run``) with those of the chosen variants; returns the exit status."""
     work = request.work(verb)
     if dry_run:
         return _show_plan(verb, request)
@@ -220,8 +236,8 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
 def _show_plan(verb: str, request: Request) -> int:
     """``--dry-run``: print the stages, what is in their way, and the resolved configuration."""
     print(f"# run directory: {request.run.path}; would run: {', '.join(request.stage_names(verb))}")
-    for name, changes in request.written.variants.items() if verb == RUN else ():
-        print(f"# variant {name}: {changes}")
+    for name in request.chosen if verb == RUN else ():
+        print(f"# variant {name}: {request.written.variants[name]}")
     try:
         check_early(verb, request.located(verb, download=False), download=False)
     except UserError as error:  # a recipe can be read before there is a model

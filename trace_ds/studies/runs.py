@@ -122,7 +122,7 @@ def seed_request(recipe: Sequence[str], overrides: Sequence[str], directory: Pat
         if trial != own:
             variants[trial.name] = back | changes
     written = with_changes(config, shared | own_changes | {"variants": variants}, "bench")
-    return Request(written, RunDirectory.at(run_dir, dump_yaml(written)))
+    return Request(written, RunDirectory.at(run_dir, dump_yaml(written)), chosen=tuple(variants))
 
 
 def run_of(request: Request, trial: Trial) -> RunDirectory:
