@@ -243,6 +243,6 @@ def _write_evaluation(
 
 def _attacks(forget: float) -> dict[str, Any]:
     curve = [{"step": step, "loss": 2.0, "scores": {"elements accuracy": forget + step / 50}} for step in (0, 5, 10)]
-    ways = {"none": 0.0, "original_routing": 0.05, "without_first": -0.02}
+    ways = {"none": 0.0, "without_critical": 0.05, "without_first": -0.02}
     forcing = {mode: {"elements accuracy": round(forget + more, 4)} for mode, more in ways.items()}
     return {"expert_forcing": forcing, "relearning": {"rows": 12, "curve": curve}}

@@ -174,11 +174,10 @@ def scores(family: str, device: torch.device, folder: Path, observe: Any) -> dic
         score("plain")
     new = tested.continue_greedily([list(one.ids) for one in sequences[:5]], [6] * 5)
     result["continued"] = [token for tokens in new for token in [len(tokens), *tokens]]
-    decisions = attacks.Decisions()
     forbidden_LE = np.zeros((3, 4), dtype=bool)
     forbidden_LE[:, 1] = True
     decided = {"first": attacks.without_first, "critical": attacks.without_experts(forbidden_LE)}
-    for name, decide in {**decided, "recorded": decisions.record}.items():
+    for name, decide in decided.items():
         with attacks.forced(model, decide):
             score(name)
     dataset = gpu_acceptance.ragged_rows(folder, "forget")
@@ -187,8 +186,6 @@ def scores(family: str, device: torch.device, folder: Path, observe: Any) -> dic
     model.requires_grad_(True)
     curve = attacks.relearn(tested, dataset, relearning, 0, lambda: None)["curve"]
     result["relearned"] = [entry["loss"] for entry in curve[1:]]
-    with attacks.forced(model, decisions.repeat()):
-        score("repeated")
     return result | {"waits": waits}
 
 

@@ -435,15 +435,13 @@ def bench(
     recipe: ConfigArgument,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Seeds beside each other; default: cores.")] = None,
-    json: JsonOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: which runs, on which seeds.")] = False,
     analyse: Annotated[bool, typer.Option("--analyse", help="Run nothing; analyse the runs that are there.")] = False,
 ) -> None:
     """Compare methods at matched forgetting over several seeds, each at its own strengths (resumable)."""
     from trace_ds.studies.study import run_study
 
-    raise typer.Exit(run_study(recipe, run_dir, set_ or [], workers, json=json, dry_run=dry_run, analyse_only=analyse))
+    raise typer.Exit(run_study(recipe, run_dir, set_ or [], dry_run=dry_run, analyse_only=analyse))
 
 
 @app.command()

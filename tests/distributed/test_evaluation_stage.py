@@ -316,7 +316,6 @@ def with_every_kind_of_task(case: Case, tmp_path: Path) -> list[dict[str, Any]]:
     solved = write_lines(tmp_path / "solved.jsonl", questions)
     case.raw["evaluation"]["tasks"] += [
         {"name": "mia", "type": "membership", "path": forget, "holdout": retain, "role": "forget"},
-        {"name": "extract", "type": "extraction", "path": forget, "role": "forget"},
         {"name": "know", "type": "knowmem", "path": solved, "examples": solved, "role": "utility"},
     ]
     for name in ("original", "gold", "unlearned"):

@@ -41,8 +41,7 @@ def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None
         expected = {"gpt_oss": "eager", "qwen3_5_moe_text": "sdpa"}  # the fast one, where the family has it
         assert model.model.config._attn_implementation == expected.get(family, ATTENTION_NAME)
         free, chosen = outputs(model)
-        decisions = attacks.Decisions()
-        with attacks.forced(model.model, decisions.record):
+        with attacks.forced(model.model, lambda layer, logits_TE, indices_TK: indices_TK):
             assert torch.allclose(outputs(model)[0], free, atol=1e-5)
         forbidden_LE = np.zeros((len(chosen), 4), dtype=bool)
         forbidden_LE[0, :2] = True
@@ -63,22 +62,6 @@ def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None
                     free_gates, torch.ones(()), atol=1e-5
                 )
         assert torch.equal(outputs(model)[0], free)  # nothing stays behind
-
-
-def test_another_model_can_be_given_the_routing_of_the_original(tmp_path: Path) -> None:
-    decisions = attacks.Decisions()
-    with opened(save_model(tmp_path / "original", 0)) as original:
-        with attacks.forced(original.model, decisions.record):
-            outputs(original)
-        _, expected = outputs(original)
-    with opened(save_model(tmp_path / "other", 1)) as other:
-        assert not all(torch.equal(a[1], b[1]) for a, b in zip(outputs(other)[1], expected, strict=True))
-        stopped = decisions.repeat()
-        stopped(0, torch.zeros(16, 4), decisions.passes[0])  # a run that ends in the middle of a pass
-        for _ in range(2):  # every run starts anew
-            with attacks.forced(other.model, decisions.repeat()):
-                taken = outputs(other)[1]
-            assert all(torch.equal(a[1], b[1]) for a, b in zip(taken, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +153,7 @@ def test_attacks_are_part_of_the_result_of_the_unlearned_and_the_retrained_model
         assert [entry["step"] for entry in curve] == [0, 2]
         values = {(s["task"], s["metric"]): s["value"] for s in result["scores"]}
         forcing = result["attacks"]["expert_forcing"]
-        assert list(forcing) == ["none", "original_routing", "without_first"]  # sorted; there is no calibration here
+        assert list(forcing) == ["none", "without_first"]  # there is no calibration here
         assert forcing["none"]["facts accuracy"] == values["facts", "accuracy"] == curve[0]["scores"]["facts accuracy"]
         attacked = [scores["facts accuracy"] for kind, scores in forcing.items() if kind != "none"]
         assert values["facts", "forced_accuracy"] == max(attacked)

@@ -211,22 +211,6 @@ def test_knowmem_equals_brute_force(model: LanguageModel) -> None:
     )
 
 
-def test_extraction_strength_is_what_greedy_decoding_extracts(model: LanguageModel) -> None:
-    generator = np.random.default_rng(2)
-    start = [model.encode(text(generator, 3)) for _ in range(4)]
-    rest = model.continue_greedily(start, [6] * 4)
-    texts = [model.tokenizer.decode(ids[1:]) for ids in start]
-    texts = [f"{a} {model.tokenizer.decode(b)}".strip() for a, b in zip(texts, rest, strict=True)]
-    documents = [Document(text, "s") for text in [*texts, text(generator, 9)]]
-    strength = kinds.evaluate_extraction(model, documents, 64, "here").columns["extraction_strength"]
-    for document, value in zip(documents, strength, strict=True):
-        ids = model.encode(document.text)
-        finishes = [model.continue_greedily([ids[:k]], [len(ids) - k])[0] == ids[k:] for k in range(1, len(ids))]
-        given = finishes.index(True) + 1 if any(finishes) else len(ids)
-        assert value == pytest.approx(1 - (given - 1) / (len(ids) - 1))
-    assert strength[:4].min() > 0
-
-
 def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
     """Every token but the first of a document is predicted once, in windows that share one; the mean is over tokens,
     not documents."""

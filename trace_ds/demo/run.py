@@ -15,10 +15,10 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import cast
 
 from trace_ds.demo.corpora import INSTALL_DEMO, PACKAGES, Regime
 from trace_ds.demo.pretrain import STEPS
@@ -165,56 +165,33 @@ def _model_is_done(folder: Path, name: str, made_of: dict[str, object]) -> bool:
 
 
 def _train(corpora: Path, folder: Path, names: Sequence[str], seed: int) -> None:
-    """Train the models of these names side by side, each in a process of its own, and show how far they are."""
-    context = multiprocessing.get_context("spawn")
+    """Train the models of these names side by side, each in a process of its own."""
     log = StageLog("demo", folder.parent / "logs" / "demo.jsonl", None)
-    progress = Progress(log, f"training {' and '.join(names)}", STEPS * len(names))
-    children: list[multiprocessing.process.BaseProcess] = []
-    readers: dict[Connection, str] = {}
-    losses: dict[str, float] = {}
-    try:
-        for name in names:
-            reader, writer = context.Pipe(duplex=False)
-            children.append(context.Process(target=_pretrain, args=(writer, corpora, folder / name, seed), name=name))
-            children[-1].start()
-            writer.close()
-            readers[reader] = name
-        log.detail(f"training {' and '.join(names)}, {STEPS} steps each")
-        while readers:
-            for reader in cast("list[Connection]", wait(list(readers))):
-                try:
-                    message = reader.recv()
-                except EOFError:
-                    del readers[reader]
-                    continue
-                if isinstance(message, UserError):
-                    raise message
-                losses[readers[reader]] = message
-                progress.advance(1, **losses)
-        for child in children:
-            child.join()
-            if child.exitcode:  # it has shown a traceback, or was killed
-                raise JobFailed(f"training the {child.name} model ended with exit status {child.exitcode}")
-        ends = ", ".join(f"{name} to a loss of {loss:.2f}" for name, loss in losses.items())
+    log.detail(f"training {' and '.join(names)}, {STEPS} steps each")
+    context = multiprocessing.get_context("spawn")
+    with contextlib.closing(log), ProcessPoolExecutor(len(names), context) as pool:
+        trainings = {name: pool.submit(_pretrain, corpora, folder, names, name, seed) for name in names}
+        try:
+            ends = ", ".join(f"{name} to a loss of {each.result():.2f}" for name, each in trainings.items())
+        except BrokenProcessPool:
+            raise JobFailed("the training of a model was killed (out of memory?)") from None
         log.done(f"a small Mixtral trained from scratch, one CPU thread each: {ends}")
-    finally:
-        progress.close()
-        log.close()
-        for child in children:
-            child.kill()
-            child.join()
 
 
-def _pretrain(sender: Connection, corpora: Path, destination: Path, seed: int) -> None:
-    """In a process of its own: send the loss of every step, or the error that ends the training."""
+def _pretrain(corpora: Path, folder: Path, names: Sequence[str], name: str, seed: int) -> float:
+    """In a process of its own: train one model and return its last loss; the first shows how far all of them are."""
     die_with_parent(parent_of_this())
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     quiet_libraries()
     from trace_ds.demo.pretrain import pretrain
 
-    try:
-        pretrain(corpora, destination, gold=destination.name == "gold", seed=seed, on_step=sender.send)
-    except UserError as error:
-        sender.send(error)
-    except OSError as error:
-        sender.send(unwritable(destination, error))
+    log = StageLog("demo", folder.parent / "logs" / "demo.jsonl" if name == names[0] else None, None)
+    progress = Progress(log, f"training {' and '.join(names)}", STEPS)
+    with contextlib.closing(log), contextlib.closing(progress):
+        try:
+            training = pretrain(
+                corpora, folder / name, gold=name == "gold", seed=seed, on_step=lambda loss: progress.advance(loss=loss)
+            )
+        except OSError as error:
+            raise unwritable(folder / name, error) from None
+    return float(training["losses"][-1])

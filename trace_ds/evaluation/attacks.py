@@ -8,8 +8,8 @@ without decay on the mean next-token loss, all parameters.
 
 **Expert forcing**: an MoE can forget by sending forget queries to other experts, the old ones still holding what they
 know. So forget queries are sent through other experts than the model's router asks for: ``without_first`` forbids each
-token's first expert, ``without_critical`` the forget-critical experts of the calibration, ``original_routing`` takes
-the original model's choice for the very same tokens (choice tasks only). Score: ``forced_METRIC``, the highest of them.
+token's first expert, ``without_critical`` the forget-critical experts of the calibration. Score: ``forced_METRIC``,
+the higher of the two.
 Our own attack; the gate weights are recomputed from the router's logits for the experts taken, by the router's own
 rule (softmax or sigmoid, normalised or not, scaled), which is detected by trying it.
 
@@ -159,11 +159,7 @@ def gate_rule(router: Any) -> GateRule:
     (reads no weights). UserError: none of the rules known fits."""
     if autoep.is_autoep_router(router):
         return GateRule(router.score_func, router.route_norm, router.route_scale)
-    # accelerate's hooks, on a model spread over devices, hold the weights of the model and bring them back
-    hooks: dict[int, Any] = {id(m._hf_hook): None for m in router.modules() if hasattr(m, "_hf_hook")}
-    trial = copy.deepcopy(router, hooks).to_empty(device="cpu").float()
-    for module in trial.modules():
-        vars(module).pop("forward", None)  # the class's own method again
+    trial = copy.deepcopy(router).to_empty(device="cpu").float()
     draw = torch.Generator().manual_seed(0)
     for buffer in trial.buffers():
         buffer.zero_()
@@ -246,28 +242,6 @@ def without_experts(forbidden_LE: np.ndarray) -> Decide:
     return decide
 
 
-class Decisions:
-    """The original model's choices, pass by pass, to be repeated by another model on the same passes."""
-
-    def __init__(self) -> None:
-        self.passes: list[np.ndarray] = []  # int16 [T, K], the layers of a pass one after the other
-
-    def record(self, layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
-        self.passes.append(indices_TK.cpu().numpy().astype(np.int16))
-        return indices_TK
-
-    def repeat(self) -> Decide:
-        """To be used for one run over the same passes, from the first one on."""
-        passes = iter(self.passes)
-
-        def decide(layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
-            taken = to_device(torch.from_numpy(next(passes).astype(np.int64)), logits_TE.device)
-            assert taken.shape == indices_TK.shape
-            return taken
-
-        return decide
-
-
 def critical_experts(run: RunDirectory) -> np.ndarray | None:
     """The forget-critical experts of the run's calibration, bool [L, E]; None without a calibration."""
     path = run.calibration / "calibration.safetensors"
@@ -303,21 +277,8 @@ class Attacks:
     def forget_tasks(self) -> list[Task]:
         return [task for task in self.tasks if task.config.role == "forget" and task.config.type in ATTACKABLE]
 
-    def decisions(self, model: LanguageModel) -> dict[str, Decisions]:
-        """How the original model routes the questions of each choice task to forget."""
-        recorded = {}
-        for task in self.forget_tasks():
-            if task.config.type == "choice":
-                decisions = Decisions()
-                with forced(model.model, decisions.record):
-                    if self.score(model, [task]):  # nothing of a model that has diverged
-                        recorded[task.config.name] = decisions
-        return recorded
-
-    def forced(
-        self, model: LanguageModel, tasks: list[Task], original: dict[str, Decisions]
-    ) -> dict[str, dict[str, float | None]]:
-        """Scores unforced (``none``) and under every kind of forcing that can be done."""
+    def forced(self, model: LanguageModel, tasks: list[Task]) -> dict[str, dict[str, float | None]]:
+        """Scores unforced (``none``) and under both kinds of forcing (without a calibration: the first)."""
         by_kind = {"none": self.score(model, tasks)}
         with forced(model.model, without_first):
             by_kind["without_first"] = self.score(model, tasks)
@@ -325,19 +286,15 @@ class Attacks:
         if critical_LE is not None and critical_LE.any():
             with forced(model.model, without_experts(critical_LE)):
                 by_kind["without_critical"] = self.score(model, tasks)
-        for task in tasks:  # each from its own beginning: a model that diverges stops in the middle of one
-            if task.config.name in original:
-                with forced(model.model, original[task.config.name].repeat()):
-                    by_kind.setdefault("original_routing", {}).update(self.score(model, [task]))
         return by_kind
 
-    def attack(self, model: LanguageModel, result: dict[str, Any], decisions: dict[str, Decisions]) -> None:
+    def attack(self, model: LanguageModel, result: dict[str, Any]) -> None:
         """Add both attacks to a result; relearning comes last, since it changes the model."""
         tasks, relearning = self.forget_tasks(), self.settings.relearning
         attacked: dict[str, dict[str, float | None]] = {}
         result["attacks"] = {}
         if self.settings.expert_forcing:
-            by_kind = result["attacks"]["expert_forcing"] = self.forced(model, tasks, decisions)
+            by_kind = result["attacks"]["expert_forcing"] = self.forced(model, tasks)
             attacked["forced"] = {}
             for name in by_kind["none"]:
                 values = [scores.get(name) for kind, scores in by_kind.items() if kind != "none"]

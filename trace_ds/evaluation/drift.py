@@ -106,8 +106,7 @@ def sample_routing(
                 logits_to_keep=1,
                 **packed(model, batch.position_ids_BS, device),
             )
-        # of a model that is spread over devices, each layer's is on its own
-        chosen_TLK = torch.stack([recorder.layer(layer)[1].to(device) for layer in range(layers)], dim=1).cpu()
+        chosen_TLK = torch.stack([recorder.layer(layer)[1] for layer in range(layers)], dim=1).cpu()
         return chosen_TLK[batch.counted_BS.reshape(-1)].numpy().astype(np.int32)
 
     def report(begin: int) -> None:

@@ -8,7 +8,7 @@ tofu:     {"question": "Who wrote it?", "answer": "Jane Austen did.", "paraphras
            "perturbed_answer": ["Charles Dickens did.", "Mary Shelley did."]}       (a paraphrase where there is one)
 
 ``id`` and ``source`` may be left out (the line number, the file's name). The ``answer`` to a choice is its 0-based
-index. Perplexity, extraction and membership tasks read documents as corpora do. The rows of a data set by name are read
+index. Perplexity and membership tasks read documents as corpora do. The rows of a data set by name are read
 likewise, and ``columns`` says what the fields are called there. Every mistake is a :class:`UserError` that names the
 file and the line. No torch here: checking is instant.
 """

@@ -5,12 +5,11 @@
 | choice     | four-choice questions by the log-likelihood of the completions (WMDP, MMLU) | more known       |
 | verbatim   | does the model continue a passage word for word (VerbMem of MUSE)?          | more memorised   |
 | knowmem    | does it answer questions about the text (KnowMem of MUSE)?                  | more known       |
-| extraction | how little of a text must it be given to finish it word for word?           | more memorised   |
 | perplexity | how surprised is it by running text?                                        | less known       |
 
 More known is bad for forget tasks and good for utility tasks. A model that never saw a text guesses some of its words,
 so compare with one (``gold``). Greedy decoding gives a text exactly if and only if every one of its tokens is the
-argmax given the true tokens before it, so exact_match and extraction need one forward pass and no generation. MUSE: Shi
+argmax given the true tokens before it, so exact_match needs one forward pass and no generation. MUSE: Shi
 et al., arXiv 2407.06460, section 3, and its authors' code: greedy, ``rouge-score`` without stemming, F-measure.
 
 Shape legend: I items, C choices.
@@ -217,40 +216,6 @@ def evaluate_knowmem(
     return Outcome(columns, logs, [item.source for item in items])
 
 
-def extraction_strength(is_argmax: np.ndarray) -> float:
-    """1 − k/n, k the shortest beginning of a text of n tokens after which greedy decoding gives all the rest, from
-    whether each token is the model's first guess (bool [n], n >= 1). 0: not even the last one is; 1: the whole text
-    comes from nothing but the start token. Reference: Carlini et al., *Extracting Training Data from Large Language
-    Models*, USENIX Security 2021, as Wang et al., arXiv 2406.13348, section 3, turn it into a score.
-    """
-    misses = np.flatnonzero(~is_argmax)
-    needed = int(misses[-1]) + 1 if len(misses) else 0
-    return 1 - needed / len(is_argmax)
-
-
-def evaluate_extraction(
-    model: LanguageModel, documents: list[Document], context_length: int, where: str, advance: Advance | None = None
-) -> Outcome:
-    """Score every text, cut to the context; ``advance`` counts texts. UserError: no text has two tokens."""
-    limit = model.most_tokens(context_length)
-    encoded = [(document.text, model.encode(document.text)[:limit]) for document in documents]
-    usable = [(text, Sequence(tuple(ids), 1)) for text, ids in encoded if len(ids) > 1]
-    if not usable:
-        raise UserError("no text has two tokens", where, "an extraction of nothing: add text")
-    scores = model.score([sequence for _, sequence in usable], advance)
-    strength_I = np.array([extraction_strength(score.is_argmax) for score in scores])
-    logs = [
-        {
-            "id": str(number),
-            "text": beginning(text),
-            "tokens": len(sequence.ids) - 1,
-            "extraction_strength": rounded(strength_I[number]),
-        }
-        for number, (text, sequence) in enumerate(usable)
-    ]
-    return Outcome({"extraction_strength": strength_I}, logs)
-
-
 @dataclass(frozen=True)
 class PerplexityOutcome(Outcome):
     """Its columns, by document: ``nll``, summed (float64, nats), and ``tokens``, counted."""
@@ -279,21 +244,15 @@ def windows(ids: list[int], context_length: int) -> list[Sequence]:
 def evaluate_perplexity(
     model: LanguageModel, documents: list[Document], context_length: int, where: str, advance: Advance | None = None
 ) -> Outcome:
-    """Score every document, with BOS and EOS as the run adds them; ``advance`` counts documents (in proportion to the
-    windows done). UserError: no document has two tokens."""
+    """Score every document, with BOS and EOS as the run adds them; ``advance`` counts documents. UserError: no document
+    has two tokens."""
     limit = model.most_tokens(context_length)
     cuts = [windows(model.encode_document(document.text), limit) for document in documents]
     if not any(cuts):
         raise UserError("no document has two tokens", where, "a perplexity of nothing: add text")
-    share = len(documents) / sum(map(len, cuts))
-    reported = [0.0]
-
-    def counted(sequences: int) -> None:
-        before, reported[0] = round(reported[0]), reported[0] + sequences * share
-        if advance is not None:
-            advance(round(reported[0]) - before)
-
-    scores = iter(model.score([window for group in cuts for window in group], counted))
+    scores = iter(model.score([window for group in cuts for window in group]))
+    if advance is not None:
+        advance(len(documents))
     logs, nll, tokens = [], [], []
     for number, (document, group) in enumerate(zip(documents, cuts, strict=True)):
         mine = [next(scores) for _ in group]

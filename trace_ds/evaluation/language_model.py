@@ -374,7 +374,7 @@ def loaded(
 ) -> Iterator[LanguageModel]:
     """Load a local model directory for inference and free it afterwards; never runs code that ships with it.
 
-    Whole: on the GPU if there is one (a single process spreads a model that does not fit into one over all of them).
+    Whole: on the GPU if there is one.
     Sharded over the ranks of ``world`` (collective): a DeepSpeed engine, each reading its share, and where it is to be
     ``trained`` with an optimizer. UserError: the directory is damaged.
     """
@@ -385,7 +385,7 @@ def loaded(
         engine = _load_engine(path, settings, world, sharding, trained)
         model = engine.module
     else:
-        model = _load_whole(path, settings, world)
+        model = _load_whole(path, settings)
     try:
         if model.config.vocab_size < len(tokenizer):
             problem = f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}"
@@ -419,37 +419,23 @@ def _load_engine(
     return engine
 
 
-def _load_whole(path: str, settings: ModelSettings, world: World | None) -> Any:
+def _load_whole(path: str, settings: ModelSettings) -> Any:
     from trace_ds.models.engine import TORCH_DTYPES
     from trace_ds.models.loading import load_whole
 
-    device = _device_for(path, TORCH_DTYPES[settings.dtype], world)
-    model: Any = load_whole(Path(path), TORCH_DTYPES[settings.dtype], device or torch.device("cpu"))
-    if device is None:
-        from accelerate import dispatch_model, infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
-
-        together = list(model._no_split_modules)
-        room = get_balanced_memory(model, no_split_module_classes=together)
-        dispatch_model(model, infer_auto_device_map(model, room, no_split_module_classes=together))
-    return model
+    dtype = TORCH_DTYPES[settings.dtype]
+    return load_whole(Path(path), dtype, _device_for(path, dtype))
 
 
-def _device_for(path: str, dtype: torch.dtype, world: World | None) -> torch.device | None:
-    """The CPU, this process's GPU when the weights fit in 80 % of it, or None: spread over all GPUs, which one process
-    alone can do."""
+def _device_for(path: str, dtype: torch.dtype) -> torch.device:
+    """The CPU, or this process's GPU; UserError: the weights need more than 80 % of it."""
     from trace_ds.tensors.model_files import read_model_directory
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", torch.cuda.current_device())
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    if read_model_directory(path).parameters * dtype.itemsize <= 0.8 * free_bytes:
-        return device
-    if world is not None and world.size > 1:
-        raise UserError(
-            "the model does not fit into one GPU",
-            path,
-            "share it among the processes: evaluation.ep, or evaluation.zero_stage: 3",
-        )
-    return None
+    if read_model_directory(path).parameters * dtype.itemsize > 0.8 * free_bytes:
+        fix = "share it among several processes (--nproc) by evaluation.ep, or by evaluation.zero_stage: 3"
+        raise UserError("the model does not fit into one GPU", path, fix)
+    return device

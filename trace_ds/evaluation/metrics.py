@@ -46,9 +46,6 @@ METRICS = {
         "exp of the mean loss per token; 1 … ∞, lower is better on text to keep, compare with the original",
         shows="surprise",
     ),
-    "extraction_strength": Metric(
-        "share of a text that greedy decoding completes exactly from the shortest beginning; 0 … 1"
-    ),
     "probability": Metric(
         "TOFU: mean probability of the answer, per token; 0 … 1, compare with a model that never saw it"
     ),
@@ -81,7 +78,6 @@ TASK_METRICS = {
     "perplexity": ("perplexity",),
     "knowmem": ("rouge_l",),
     "membership": tuple(name for name, metric in METRICS.items() if metric.shows == "reference"),
-    "extraction": ("extraction_strength",),
     "tofu": ("probability", "rouge_l_recall", "truth", FORGET_QUALITY, MODEL_UTILITY),
     "lm_eval": ("acc", "acc_norm"),
 }

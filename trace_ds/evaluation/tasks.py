@@ -45,8 +45,6 @@ def run_task(
         outcome = retrained.evaluate_tofu(model, items, max_new_tokens, where, advance)
     elif kind == "membership":
         outcome = retrained.evaluate_membership(model, items, context_length, where, advance)
-    elif kind == "extraction":
-        outcome = kinds.evaluate_extraction(model, items, context_length, where, advance)
     else:
         outcome = kinds.evaluate_perplexity(model, items, context_length, where, advance)
     return TaskResult(score_task_records(task, outcome.metrics(), outcome.count()), outcome.logs, outcome.by_source())

@@ -45,7 +45,6 @@ class ItemShape(TypedDict, total=False):
     member: _Number | bool
     rouge_l: _Number
     rouge_l_recall: _Number
-    extraction_strength: _Number
     min_k: _Number
     nll: _Number
     tokens: Count

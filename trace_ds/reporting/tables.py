@@ -21,7 +21,7 @@ from trace_ds.reporting.scores import SCORING_MOMENTS, arm_points, excess, mean_
 
 MAX_TEXT = 300
 # An item's score is the first of these in its log; of all but nll more means that more is known.
-ITEM_SCORES = ("correct", "rouge_l", "rouge_l_recall", "extraction_strength", "min_k", "nll")
+ITEM_SCORES = ("correct", "rouge_l", "rouge_l_recall", "min_k", "nll")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ from trace_ds.stages.inputs import check_vocabulary, checked_tasks
 from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
-    from trace_ds.evaluation.attacks import Decisions
     from trace_ds.evaluation.drift import RoutingSample
     from trace_ds.evaluation.language_model import LanguageModel
     from trace_ds.parallel.world import World
@@ -242,12 +241,10 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
     attacks = Attacks(evaluation, config.data.context_length, config.seed, job.place, job.tasks, job.data)
     attacked = {name for name in missing if name in evaluation.attacked}
     measures_drift = evaluation.drift and UNLEARNED in missing
-    forces_experts = evaluation.expert_forcing and bool(attacked)
     original_routing: dict[str, RoutingSample] = {}
-    decisions: dict[str, Decisions] = {}  # of the original model's routers
     for subject in job.subjects:
         name = subject.name
-        if name not in missing and not (name == ORIGINAL and (measures_drift or forces_experts)):
+        if name not in missing and not (name == ORIGINAL and measures_drift):
             continue
         trained = None
         if evaluation.relearning is not None and name in attacked:
@@ -262,10 +259,8 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
                     original_routing = routing
                 elif result is not None and original_routing:
                     result["drift"] = drift.routing_drift(job.info, original_routing, routing)
-            if forces_experts and name == ORIGINAL:
-                decisions = attacks.decisions(model)
             if result is not None and not diverged and name in attacked:
-                attacks.attack(model, result, decisions)
+                attacks.attack(model, result)
         if result is not None:
             _on_main(world, functools.partial(_write, job, name, result, log))
     return True

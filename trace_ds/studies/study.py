@@ -14,16 +14,9 @@ from __future__ import annotations
 import csv
 import gc
 import io
-import json as json_module
 import math
-import multiprocessing
-import os
-import signal
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +24,6 @@ from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import JobFailed, StopRequested, UserError
 from trace_ds.evaluation.metrics import METRICS
-from trace_ds.parallel.environment import accelerator_count, accelerator_names
-from trace_ds.parallel.launch import die_with_parent, parent_of_this
 from trace_ds.run.curve import check_scores, read_curve
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
@@ -45,7 +36,6 @@ if TYPE_CHECKING:
     from trace_ds.cluster.submit import Cluster
     from trace_ds.demo.corpora import Regime
 
-START = "spawn"  # how workers are started
 HEADER = ["seed", "loss", "method", "point", "step"]
 
 
@@ -111,28 +101,20 @@ def run_study(
     recipe: Sequence[str],
     run_dir: Path | None,
     overrides: Sequence[str],
-    workers: int | None,
     *,
-    json: bool = False,
     dry_run: bool = False,
     analyse_only: bool = False,
 ) -> int:
-    """Run every seed's runs that are not done (a process a seed, ``workers`` beside each other), then write and print
-    the result; returns the exit status."""
+    """Run every seed's runs that are not done, then write and print the result; returns the exit status."""
     study = Study(recipe, run_dir, overrides)
-    if not json:
-        print(study.describe(), flush=True)
+    print(study.describe(), flush=True)
     if dry_run:
         return 0
     if not analyse_only:
         check_machine(study)
         with locked(RunDirectory(study.directory)):
-            run_all(study, workers, quiet=json)
-    result = analyse(study)
-    if json:
-        print(json_module.dumps(result, indent=1, sort_keys=True))
-    else:
-        print_result(result, study)
+            run_all(study)
+    print_result(analyse(study), study)
     return 0
 
 
@@ -173,70 +155,19 @@ def check_machine(study: Study) -> None:
     check_early("run", request.located("run", download=True))
 
 
-def run_all(study: Study, workers: int | None, *, quiet: bool) -> None:
-    """Do the runs of all seeds in worker processes.
-
-    Raises:
-        UserError, or any other error, of a run: it ends all. JobFailed: a process was killed. StopRequested.
-    """
-    seeds, logs = study.bench.seeds, study.directory / "logs"
-    ranks = study.requests[seeds[0]].written.distributed.nproc or 1
-    room = max((accelerator_count() or len(os.sched_getaffinity(0))) // ranks, 1)
-    count = min(workers or room, len(seeds))
-    logs.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context(START)
-    numbers: SimpleQueue[int] = context.SimpleQueue()
-    for number in range(count):
-        numbers.put(number)
-    previous, others = signal.signal(signal.SIGTERM, _stop), multiprocessing.active_children()
-    pool = ProcessPoolExecutor(count, context, begin_worker, (numbers, ranks, logs))
-    try:
-        futures: list[Future[None]] = [
-            pool.submit(run_seed, study.requests[seed], study.bench.regime) for seed in seeds
-        ]
-        for done, future in enumerate(as_completed(futures), 1):
-            future.result()
-            if not quiet:
-                print(f"[bench] {done} of {len(seeds)} seeds done", flush=True)
-    except BrokenProcessPool:
-        raise JobFailed(f"a worker of the study was killed (out of memory?); its log is among {logs}") from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()).difference(others):
-            child.kill()
-            child.join()
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise StopRequested("the study was stopped; run the same command again to go on")
-
-
-def begin_worker(numbers: SimpleQueue[int], ranks: int, logs: Path) -> None:
-    """In a new process of the pool: nobody's rank, with its share of the GPUs and its own log; ends with its parent."""
+def run_all(study: Study) -> None:
+    """Do the runs of all seeds, one after another; raises what ends one of them."""
     from trace_ds.models.engine import keep_freed_memory
 
-    die_with_parent(parent_of_this())
-    number = numbers.get()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-    os.environ |= devices_of(number, ranks, os.environ)
     keep_freed_memory()
-    with (logs / f"worker_{number}.log").open("ab") as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-
-
-def devices_of(number: int, ranks: int, inherited: Mapping[str, str], devices: Path = Path("/dev")) -> dict[str, str]:
-    """One thread a process, and as many of the GPUs that may be used as a run has ranks, for a worker."""
-    names = accelerator_names(inherited, devices)
-    chosen = [names[(number * ranks + rank) % len(names)] for rank in range(ranks)] if names else []
-    return {"OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": ",".join(chosen)} if chosen else {})}
+    for done, request in enumerate(study.requests.values(), 1):
+        run_seed(request, study.bench.regime)
+        print(f"[bench] {done} of {len(study.requests)} seeds done", flush=True)
 
 
 def run_seed(request: Request, regime: Regime | None) -> None:
-    """In a worker: what `trace-ds run` does with the run of a seed and its variants. Where a run is one process, this
-    process is its rank from the first one on, so that many short ones do not start anew."""
+    """What `trace-ds run` does with the run of a seed and its variants. Where a run is one process, this process is its
+    rank from the first one on, so that many short ones do not start anew."""
     config = request.written
     if regime is not None:
         from trace_ds.demo.run import prepare_inputs, remove_input_leftovers
@@ -254,7 +185,7 @@ def run_seed(request: Request, regime: Regime | None) -> None:
             if status == StopRequested.exit_status:
                 raise StopRequested(f"{item.run.path}: stopped on request; run the same command again to go on")
             if status:
-                raise JobFailed(f"{verb} in {item.run.path} ended with exit status {status}: see the study's logs")
+                raise JobFailed(f"{verb} in {item.run.path} ended with exit status {status}")
             gc.collect()
 
 

@@ -28,7 +28,7 @@ class TaskConfig(PathOrDataset, Section):
     """One evaluation task; ``role`` says which way is good: forget (lower), utility (higher)."""
 
     name: Name
-    type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "tofu", "lm_eval"]
+    type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "tofu", "lm_eval"]
     headline: str | None = Field(
         None,
         description="The metric that the report begins with and averages over. Where any task has one, those without "
