@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from chats import CHATS, TEMPLATES, by_hand, counted_by_hand
 from command import run
 from forked import JOB, Server, refuse, serving
 from hub_replicas import questions, write_data_set
 from hub_server import Hub
 from hub_server import serving as serving_hub
 
+from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.corpora.tokenizer import load_tokenizer
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.hub_names import HubName, hub_name
@@ -74,6 +77,12 @@ def wmdp(folder: Path) -> Path:
     return folder
 
 
+def chats(folder: Path) -> Path:
+    """Conversations as a data set of Parquet."""
+    write_data_set(folder, "org/chats", {"default": {"train": [{"messages": chat} for chat in CHATS]}})
+    return folder
+
+
 def texts(folder: Path, words: list[str]) -> Path:
     """A corpus as a data set of JSON Lines."""
     folder.mkdir(parents=True)
@@ -86,6 +95,8 @@ def texts(folder: Path, words: list[str]) -> Path:
 def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("hub")
     model = replica(tiny_model, folder / "model")
+    instruct = replica(tiny_model, folder / "instruct")
+    (instruct / "chat_template.jinja").write_text(TEMPLATES["instruct"][0])
     gold = replica(tiny_model, folder / "gold", shards=True)
     only_pickles = folder / "pickles"
     only_pickles.mkdir()
@@ -96,10 +107,12 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             name: hub.add(kind, name, source, **access)
             for kind, name, source, access in (
                 ("models", "org/tiny", model, {}),
+                ("models", "org/instruct", instruct, {}),
                 ("models", "org/gold", gold, {"ref": "v1"}),
                 ("models", "org/gated", model, {"gated": True, "readers": ("friend",)}),
                 ("models", "org/pickles", only_pickles, {}),
                 ("datasets", "cais/wmdp", wmdp(folder / "wmdp"), {}),
+                ("datasets", "org/chats", chats(folder / "chats"), {}),
                 ("datasets", "org/texts", texts(folder / "texts", tiny.WORDS[:10]), {}),
             )
         }
@@ -122,29 +135,34 @@ def test_fetched_once_a_whole_run_needs_no_network(place: Place, tmp_path: Path)
     tasks = [*tiny.write_tasks(tmp_path), {"name": "cyber", "type": "lm_eval", "task": "wmdp_cyber", "role": "forget"}]
     config = written(
         tmp_path,
-        "org/tiny",
+        "org/instruct",
         evaluation__models={"gold": "org/gold@v1"},
         evaluation__tasks=tasks,
         unlearning__steps=2,
-        data__forget=[{"dataset": "org/texts"}],
+        data__forget=[{"dataset": "org/chats", "loss_on": "answer"}],
     )
     shutil.rmtree(place.home, ignore_errors=True)
     run = tmp_path / "run"
     fetched = place.server.run(["fetch", config, "--run-dir", run], tmp_path, time_s=120)
     assert fetched.returncode == 0, fetched
-    names = ("org/tiny", "org/gold@v1", "wmdp_cyber", place.commits["org/gold"][:12], "HF_HUB_OFFLINE=1")
+    names = ("org/instruct", "org/gold@v1", "wmdp_cyber", place.commits["org/gold"][:12], "HF_HUB_OFFLINE=1")
     assert all(name in fetched.stdout for name in names), fetched.stdout
     record = json.loads((run / "fetched.json").read_text())
-    assert record["models"]["org/tiny"]["commit"] == place.commits["org/tiny"]
+    assert record["models"]["org/instruct"]["commit"] == place.commits["org/instruct"]
     assert record["models"]["org/gold@v1"]["commit"] == place.commits["org/gold"]
-    assert record["data"] == {"org/texts": {"commit": place.commits["org/texts"]}}
+    assert record["data"] == {"org/chats": {"commit": place.commits["org/chats"]}}
     assert record["tasks"] == {"wmdp_cyber": {"commits": {"cais/wmdp": place.commits["cais/wmdp"]}}}
     requested = [line for line in place.hub.requests if line.endswith(tuple(OTHER_FILES))]
     assert requested == [], "a pickle, code or the weights of another format were asked for"
 
     place.offline("run", config, "--run-dir", run, cwd=tmp_path)
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["path"] == "org/tiny"
-    named = f"org/tiny@{place.commits['org/tiny']}"
+    pieces = [by_hand(load_tokenizer(place.models / "instruct"), TEMPLATES["instruct"][1](chat)) for chat in CHATS]
+    counted = counted_by_hand(
+        TokenDataset.open(run / "data" / "forget.arrow"), [of for _, mask in pieces for of in mask]
+    )
+    assert artefact_summary(run / "statistics" / "forget")["tokens"] == sum(counted) > 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["path"] == "org/instruct"
+    named = f"org/instruct@{place.commits['org/instruct']}"
     assert artefact_summary(run / "statistics" / "retain")["model"] == named
     manifest = next((run / "checkpoints").glob("step_*/manifest.json"))
     assert json.loads(manifest.read_text())["model"]["source"] == named
@@ -154,7 +172,7 @@ def test_fetched_once_a_whole_run_needs_no_network(place: Place, tmp_path: Path)
     assert results["gold"]["scores"] == results["original"]["scores"], "the same weights in one file and in shards"
     for card in (run / "model" / "README.md", run / "report" / "model_card.md"):
         front = yaml.safe_load(card.read_text().split("---")[1])
-        assert front["base_model"] in ("org/tiny", ["org/tiny"]), card
+        assert front["base_model"] in ("org/instruct", ["org/instruct"]), card
         assert named in card.read_text()
     page = (run / "report" / "index.html").read_text()
     assert named in page and str(place.home) not in page
