@@ -15,6 +15,7 @@ from test_unlearn import calibrated_once, copy_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trace_ds.checkpoints.manifest import read_manifest
+from trace_ds.run.directory import RunDirectory
 
 SHAPE = ["distributed.ep=1", "unlearning.zero_stage=3", "unlearning.micro_batch_rows=1"]
 
@@ -112,3 +113,26 @@ def test_a_deterministic_job(calibrated: tuple[Path, Path], tmp_path: Path) -> N
         ]
         manifests.append(read_manifest(run / "checkpoints" / "step_000002"))
     assert manifests[0] == manifests[1]  # every file's hash
+
+
+def test_tensorboard_shows_speed_memory_and_settings_of_all_variants(
+    calibrated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    config, prepared = calibrated
+    run = RunDirectory.at(copy_of(prepared, tmp_path / "run"))
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run.path), ["unlearning.steps=2", "unlearning.alpha=0.5"])
+    events = EventAccumulator(str(run.tb / "unlearn"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("tokens_per_s")] == [1, 2]
+    assert all(0.1 < event.value < 1000 for event in events.Scalars("memory_gb"))
+    begun = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(begun).session_start_info.hparams
+    assert settings["alpha"].number_value == 0.5 and settings["optimizer.lr"].number_value > 0
+    (loss,) = events.Scalars("final/loss")
+    assert loss.value == events.Scalars("loss")[-1].value
+    page = Path(__file__).parents[2] / "docs" / "cluster.md"
+    assert "tensorboard --logdir runs/try`" in page.read_text()  # RUN/tb would be the run's own jobs alone
+    assert run.variant("other").tb.is_relative_to(run.path)

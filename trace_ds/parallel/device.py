@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,13 @@ def event_now(device: torch.device) -> Any:
     event = torch.get_device_module(device).Event()
     event.record()
     return event
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: allocated on its GPU, or resident in host memory where it has none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 @contextlib.contextmanager

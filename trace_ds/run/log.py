@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -92,6 +92,17 @@ class StageLog:
             if self._writer is not None:
                 self._writer.add_scalar(name, value, step)
 
+    def hyperparameters(self, settings: Mapping[str, Any]) -> None:
+        """The settings of a finished job and its last losses, for TensorBoard's table of runs.
+
+        Args:
+            settings: nested; values that are no number, text or bool are shown as JSON.
+        """
+        if self._writer is not None:
+            results = {f"final/{name}": value for name, value in self.last.items() if "loss" in name}
+            # "." keeps the table's entry in the stage's own folder: otherwise it is a run of its own, named by the time
+            self._writer.add_hparams(_flat(settings), results, run_name=".")
+
     def drop_scalars_after(self, step: int) -> None:
         """Forget the steps after ``step`` that a job which resumes there is about to repeat."""
         self._repeated_from = step + 1
@@ -117,6 +128,16 @@ class StageLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+    return flat
 
 
 @contextlib.contextmanager

@@ -99,6 +99,14 @@ class Training:
             for problem in problems:
                 log.line(f"WARNING {problem}")
             yield log, chosen
+            log.hyperparameters(
+                {
+                    "seed": self.config.seed,
+                    "model": self.config.model.path,
+                    "rule": self.config.calibration.rule,
+                    **settings.model_dump(mode="json", exclude=OPERATIONAL - {"steps"}),
+                }
+            )
             newest = newest_complete(checkpoints)[0]  # None: the job keeps its curve alone
             left = self.run.curve if newest is None else checkpoints / step_name(newest)
             losses = [

@@ -141,6 +141,11 @@ class Step:
     forget_sequences: int
     retain_tokens: int
 
+    @property
+    def tokens(self) -> int:
+        """Loss-bearing tokens of the step over all ranks."""
+        return self.forget_tokens + self.retain_tokens
+
 
 class Batches:
     """The data of the job: any step, on any rank, as a pure function of the seed and the step.

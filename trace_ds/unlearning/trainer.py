@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from trace_ds.errors import JobFailed, StopRequested
 from trace_ds.models.engine import ModelParts, base_ds_config, initialize
 from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16, merge_ds_config, user_ds_config
 from trace_ds.models.families import ModelInfo
+from trace_ds.parallel.device import peak_memory_bytes
 from trace_ds.parallel.environment import local_rank_and_size
 from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
@@ -38,6 +40,7 @@ class NumericalFailure(JobFailed):
 @contextmanager
 def termination_noted() -> Iterator[Callable[[], bool]]:
     """Inside the block, note SIGTERM and SIGINT (Ctrl-C) instead of ending; yields a function: was one received?
+
     Launchers pass on what the process got itself, so a second one means nothing here: who started the job ends it then.
     A SIGINT that is ignored (by who started the process) stays so.
     """
@@ -98,13 +101,16 @@ def train(
             return terminated() or (world.is_main and any(path.is_file() for path in run.stop_files))
 
         for step in range(manifest.step, steps):
-            done = step + 1
+            done, began_s = step + 1, time.monotonic()
             data = rows.at(step, world.rank, world.size)
             seed_step(trainer_state["seed"], step, world.rank)
             values = run_step(engine, world, data, objective, settings, step, stop_requested)
             stop = bool(values.pop("stop"))
+            # run_step has read its losses from the device, so all of the step's work is done by now
+            tokens_per_s = data.tokens / (time.monotonic() - began_s)
             saver.poll()
-            log.scalars(done, **values)
+            memory_gb = peak_memory_bytes(world.device) / 1e9
+            log.scalars(done, **values, tokens_per_s=tokens_per_s, memory_gb=memory_gb)
             progress.advance(1, **{name: values[f"loss_{name}"] for name in objective.factors})
             last = done == steps
             reason = evaluator.evaluate(engine, trainer_state, done, last=last) if evaluator is not None else ""
