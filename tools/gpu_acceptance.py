@@ -189,7 +189,7 @@ def unlearn(
     import numpy as np
     import torch
 
-    from trace_ds.config.sections.finetune import FinetuneConfig
+    from trace_ds.config.sections.training import FinetuneConfig
     from trace_ds.config.sections.unlearning import UnlearningConfig
     from trace_ds.corpora.dataset import FlatArray
     from trace_ds.unlearning import trainable

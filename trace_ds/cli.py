@@ -291,7 +291,7 @@ def convert(
     }
     options = {name: value for name, value in (given | {"verify": verify or None}).items() if value is not None}
     if len(source) != 2 or is_config(source[0]):
-        fix = "give SOURCE DESTINATION, or --set conversion.KEY=VALUE"
+        fix = "give SOURCE DESTINATION"
         _refuse({f"--{name.replace('_', '-')}": value for name, value in options.items()}, "with a CONFIG", fix)
         return _run_verb("convert", source, run_dir, set_ or [], variant, dry_run)
     _refuse(of_run, "with SOURCE DESTINATION", "leave it out, or give a CONFIG alone")

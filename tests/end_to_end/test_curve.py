@@ -68,7 +68,7 @@ def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
     convert(loaded, run)
     models = {f"at_{step}": tmp_path / f"at_{step}" for step in (2, 4)}
     for path, step in zip(models.values(), (2, 4), strict=True):
-        options = {"base_model": Path(loaded.model.path), "dtype": loaded.conversion_dtype}
+        options = {"base_model": Path(loaded.model.path), "dtype": loaded.model.dtype}
         convert_checkpoint(run.checkpoints / f"step_{step:06d}", path, **options)
     scored = loaded.evaluation.model_copy(update={"models": {name: str(path) for name, path in models.items()}})
     evaluate(loaded.model_copy(update={"evaluation": scored}), run)

@@ -61,8 +61,6 @@ CONFIG_ERRORS = [
     ("statistics.trace='off'", "statistics.trace: Input should be a valid boolean (found 'off')"),
     ("unlearning.alpha=.inf", "unlearning.alpha: Input should be a finite number"),
     ("unlearning.forget_loss=npo", "npo needs statistics.nll: true"),
-    ("unlearning.npo.beta=1.0", "unlearning.npo is a setting of another loss than unlearning.forget_loss rmu"),
-    ("variants={a: {unlearning.npo.beta: 2}}", "variants.a: unlearning.npo.beta is a setting of another loss than rmu"),
     ("calibration.source_weights={a: 2.0}", "source_weights are the weights of rule: uniform, not of rule: raking"),
     ("calibration.rule=literal", "calibration.rule: literal gives weights of tokens: it needs unlearning.apply: loss"),
     ("variants={a: {model.path: x}}", "variants.a may not change model.path"),
@@ -81,25 +79,21 @@ def test_config_key_type_or_value(config: Path, change: str, message: str) -> No
     assert message in line and len(line) < 600
 
 
-BOMB = "".join(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 9))
-DEEP = "".join(f"a{n}: &a{n} {'[' * 39}*a{n - 1}{']' * 39}\n" for n in range(1, 99))
 YAML_ERRORS = [
     ("", "the file holds no keys"),
     ("name: [unclosed\n", "not valid YAML in line 2"),
-    ("name: a\nmodel: {path: m}\nname: b\n", "not valid YAML in line 3 ('name' is there twice)"),
+    ("name: a\nmodel: {path: m}\nname: b\n", "not valid YAML in line 3 (a key is there twice)"),
     ("seed: 0x_\n", "not valid YAML (invalid literal"),
     ("seed: !!int abc\n", "not valid YAML (invalid literal"),
     ("seed: !!python/object/apply:os.system [ls]\n", "could not determine a constructor for the tag"),
     (f"seed: {'9' * 5000}\n", "not valid YAML (Exceeds the limit"),
     ("name: 2024-13-45\n", "the key 'model' is missing"),
-    ("seed: &a [*a]\n", "not valid YAML in line 1 (an alias refers to what it is in)"),
-    (f"a0: &a0 [x]\n{BOMB}", "more than 20,000 values"),
-    (f"a0: &a0 [x]\n{DEEP}", "nested more than 40 deep"),
-    (f"seed: {'[' * 400}{']' * 400}\n", "nested more than 40 deep"),
-    ("1: a\n", "the key '1' is no text: quote it"),
-    ("? {a: b}\n: c\n", "the key 'a list or a section' is no text: quote it"),
+    ("seed: &a [*a]\n", "not valid YAML in line 1 (aliases are not read)"),
+    (f"seed: {'[' * 2000}{']' * 2000}\n", "nested too deep"),
+    ("1: a\n", "a key is no text: quote it"),
+    ("? {a: b}\n: c\n", "a key is no text: quote it"),
     ("a: 1\n---\nb: 2\n", "but found another document"),
-    ("#" * (1 << 19), "more than the 262,144 of any configuration"),
+    ("#" * (1 << 19), "more than 262,144 characters"),
 ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from trace_ds.cluster.architecture import Architecture
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.finetune import FinetuneSettings
+from trace_ds.config.sections.training import FinetuneSettings
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import read_json_object

@@ -27,7 +27,7 @@ from trace_ds.cluster.job import GB, ClusterSpec, PlannedJob, ceil_div, corpus_t
 from trace_ds.config.compose import fragment_of, published_config, published_config_path
 from trace_ds.config.load import variants_of
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.finetune import FinetuneSettings
+from trace_ds.config.sections.training import FinetuneSettings
 from trace_ds.errors import UserError
 from trace_ds.hub.models import is_whole
 from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16

@@ -13,14 +13,17 @@ Merging: sections are merged key by key, everything else (lists too) is replaced
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.plain_yaml import MAX_CONFIG_CHARACTERS, parse_yaml
+import yaml
+
 from trace_ds.config.sections.base import expanded
 from trace_ds.errors import UserError
 
@@ -28,6 +31,69 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 GROUPS = {"run": RECIPES, "model": RECIPES / "models", "task": RECIPES / "tasks"}
 EXTENDS = "extends"
 MAX_FILES = 100  # read for one configuration, one that is extended twice counted twice
+MAX_CONFIG_CHARACTERS = 1 << 18
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of plain data: no aliases, no dates (2024-01-01 is a text), keys once; 1e-5 is a number (YAML 1.1: text)."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few of them stand for gigabytes
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            is_text = isinstance(key, yaml.ScalarNode) and key.tag == "tag:yaml.org,2002:str"
+            if not is_text or key.value in seen:
+                problem = "a key is there twice" if is_text else "a key is no text: quote it"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_Loader` would read as a number, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+for _kind in ("timestamp", "binary", "omap", "pairs", "set"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_undefined)  # type: ignore[type-var]
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain data of a YAML text of bounded size; ValueError says what is wrong with it, and in which line."""
+    if len(text) > MAX_CONFIG_CHARACTERS:
+        raise ValueError(f"not valid YAML (it has more than {MAX_CONFIG_CHARACTERS:,} characters)")
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "syntax"
+        raise ValueError(f"not valid YAML{line} ({problem})") from None
+    except RecursionError:
+        raise ValueError("not valid YAML (nested too deep)") from None
+    except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:  # a scalar: 0x_, !!int abc
+        raise ValueError(f"not valid YAML ({str(error)[:60]})") from None
+
+
+def dump_text(value: Any) -> str:
+    """``value`` as YAML in its own order, which :func:`parse_yaml` reads back as it was."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 @dataclass
@@ -120,15 +186,8 @@ def shown(path: Path) -> str:
 def merge(under: Any, over: Any) -> Any:
     """``over`` laid over ``under``: sections key by key, everything else replaced; both stay as they are."""
     if not (isinstance(under, dict) and isinstance(over, dict)):
-        return copied(over)
-    return copied(under) | {key: merge(under.get(key), value) for key, value in over.items()}
-
-
-def copied(value: Any) -> Any:
-    """A copy in which no two places share a section or a list (YAML's aliases do)."""
-    if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
-    return [copied(item) for item in value] if isinstance(value, list) else value
+        return copy.deepcopy(over)
+    return copy.deepcopy(under) | {key: merge(under.get(key), value) for key, value in over.items()}
 
 
 @dataclass

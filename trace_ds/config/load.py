@@ -9,16 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trace_ds.config.compose import compose, require_whole, substitute
-from trace_ds.config.plain_yaml import SHOWN_CHARACTERS, dump_text, parse_yaml
+from trace_ds.config.compose import compose, dump_text, parse_yaml, require_whole, substitute
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.base import expanded
 from trace_ds.errors import UserError
 
-LOSS_KEY = "unlearning.forget_loss"
-# Sections of one forget loss each. That of rmu is none: its layer is also that of hidden_mse, and recipes give it a
-# coefficient and leave the loss to --set, to variants and to studies.
-LOSS_SECTIONS = ("npo", "simnpo", "dpo")
+SHOWN_CHARACTERS = 60
 
 
 def load_config(
@@ -52,34 +48,7 @@ def load_config(
         raise UserError(str(error), "--run-dir", "choose another directory, or name") from None
     values = {"run_dir": str(directory), "run_parent": str(directory.parent), "config_dir": composed.folder}
     values["seed"] = str(raw.get("seed", 0))
-    loaded = validate(substitute(raw, values), where)
-    problem = _setting_of_another_loss(loaded)
-    if problem:
-        raise UserError(problem, where, "take it out, or choose that loss")
-    return loaded, directory
-
-
-def _setting_of_another_loss(config: Config) -> str:
-    """What is set for a loss that neither the run nor the variant it stands in uses: it would change nothing."""
-    own = config.unlearning
-    for loss in LOSS_SECTIONS:
-        used = {own.forget_loss, *(changes.get(LOSS_KEY) for changes in _changes(config))}
-        if loss not in used and getattr(own, loss) != type(own).model_fields[loss].default:
-            return f"unlearning.{loss} is a setting of another loss than unlearning.forget_loss {own.forget_loss}"
-    for name, changes in config.variants.items():
-        used_here = changes.get(LOSS_KEY, own.forget_loss)
-        for key in changes:
-            section = key.removeprefix("unlearning.").split(".")[0]
-            if key.startswith("unlearning.") and section in LOSS_SECTIONS and section != used_here:
-                return f"variants.{name}: {key} is a setting of another loss than {used_here}"
-    return ""
-
-
-def _changes(config: Config) -> list[dict[str, Any]]:
-    """All that is changed of the configuration in runs that it names."""
-    bench = config.bench
-    studied = [] if bench is None else [*bench.methods.values(), *bench.losses.values()]
-    return [*config.variants.values(), *studied]
+    return validate(substitute(raw, values), where), directory
 
 
 def validate(raw: dict[str, Any], where: str) -> Config:

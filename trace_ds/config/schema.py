@@ -1,6 +1,6 @@
 """The typed configuration of a run, strict: an unknown key is an error.
 
-The keys below ``NAME:`` are in ``sections/NAME.py``; here are the three sections of a few keys, and what must hold
+The keys below ``NAME:`` are in ``sections/NAME.py``; here are the sections of a few keys, and what must hold
 between sections. Every field has a default that works, except the paths of the model and of the corpora. The
 description of each field is its documentation; ``trace-ds run CONFIG --dry-run`` prints the resolved values.
 """
@@ -11,15 +11,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trace_ds.config.names import Name
-from trace_ds.config.sections.base import PathText, Section, Seed
+from trace_ds.config.sections.base import ExpertParallelSize, Integer, Name, PathText, Section, Seed
 from trace_ds.config.sections.bench import BenchConfig
 from trace_ds.config.sections.calibration import CalibrationConfig
 from trace_ds.config.sections.data import DataConfig
-from trace_ds.config.sections.distributed import DistributedConfig
 from trace_ds.config.sections.evaluation import EvaluationConfig
-from trace_ds.config.sections.finetune import FinetuneConfig
-from trace_ds.config.sections.statistics import StatisticsConfig
+from trace_ds.config.sections.training import FinetuneConfig
 from trace_ds.config.sections.unlearning import ROW_SCORES, UnlearningConfig
 
 
@@ -29,7 +26,9 @@ class ModelConfig(Section):
         "(a directory that is there wins)."
     )
     tokenizer: PathText | None = Field(None, description="The tokenizer's, likewise; default: the model's.")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="Parameter type of the forward pass.")
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Of the parameters in the forward pass, and of the model that is written."
+    )
 
     @property
     def tokenizer_path(self) -> str:
@@ -37,9 +36,39 @@ class ModelConfig(Section):
         return self.tokenizer or self.path
 
 
-class ConversionConfig(Section):
-    dtype: Literal["bf16", "fp32", "same"] = Field("same", description="same: the run's model.dtype.")
-    max_shard_size: str = "5GB"
+class DistributedConfig(Section):
+    nproc: Integer | None = Field(
+        None, ge=1, description="Local processes when started bare; default: accelerators or 1."
+    )
+    ep: ExpertParallelSize = Field(
+        1,
+        description="Expert-parallel size; divides the experts and the world size. auto: the largest that does, and is "
+        "not larger than a node.",
+    )
+    autoep: dict[str, Any] = Field(
+        default_factory=dict,
+        description="AutoEP's own options (DeepSpeed's section expert_parallel), such as {gate_up_impl: fused}.",
+    )
+    threads: Integer = Field(
+        1, ge=1, le=1024, description="CPU threads of each process (fixed: results depend on it bitwise)."
+    )
+    deterministic: bool = Field(
+        False,
+        description="Training on a GPU uses only kernels that add in a fixed order: slower, and a job that is stopped "
+        "and resumed equals the undisturbed one bit for bit (as it always does on the CPU).",
+    )
+    timeout_minutes: Integer = Field(30, ge=1, le=525_600, description="Process-group timeout.")
+
+
+class StatisticsConfig(Section):
+    batch_rows: Integer = Field(8, ge=1, description="Rows per process and forward pass.")
+    save_every: Integer = Field(200, ge=0, description="Batches between saved states of a collection (0: none).")
+    trace: bool | None = Field(
+        None,
+        description="Record the top-k experts of every token; default: where another key needs them (the log says "
+        "which; docs/method.md, section 8, what they take).",
+    )
+    nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
 
 
 class Config(Section):
@@ -56,19 +85,13 @@ class Config(Section):
     statistics: StatisticsConfig = StatisticsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     unlearning: UnlearningConfig = UnlearningConfig()
-    conversion: ConversionConfig = ConversionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     bench: BenchConfig | None = Field(None, description="The study that `trace-ds bench` runs with this recipe.")
     variants: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
         description="Name -> {dotted.key: value}: run by `trace-ds run` under RUN/variants/NAME, sharing the data and "
-        "the statistics, and compared in the report. Only calibration.*, unlearning.* and conversion.* may differ.",
+        "the statistics, and compared in the report. Only calibration.* and unlearning.* may differ.",
     )
-
-    @property
-    def conversion_dtype(self) -> str:
-        """The type that checkpoints of the run are converted to."""
-        return self.model.dtype if self.conversion.dtype == "same" else self.conversion.dtype
 
     @model_validator(mode="after")
     def _unlearning_needs(self) -> Config:
@@ -89,8 +112,8 @@ class Config(Section):
         self._check_scores()
         for name, changes in self.variants.items():
             for key in changes:
-                if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):
-                    raise ValueError(f"variants.{name} may not change {key}: only calibration, unlearning, conversion")
+                if key.split(".")[0] not in ("calibration", "unlearning"):
+                    raise ValueError(f"variants.{name} may not change {key}: only calibration and unlearning")
         return self
 
     def _check_scores(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.config.names import ORIGINAL, UNLEARNED
+from trace_ds.config.sections.base import ORIGINAL, UNLEARNED
 from trace_ds.config.sections.data import DataConfig
 from trace_ds.config.sections.evaluation import EvaluationConfig
 from trace_ds.corpora.tokenizer import VOCABULARY_FILES, load_tokenizer, tokenizer_fingerprint

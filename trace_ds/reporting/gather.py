@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from trace_ds.config.sections.calibration import CONTROL_RULES
-from trace_ds.config.sections.finetune import RETRAINED
+from trace_ds.config.sections.training import RETRAINED
 from trace_ds.errors import UserError
 from trace_ds.reporting.shapes import (
     read_checkpoint_manifest,

@@ -66,14 +66,13 @@ def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[
     """A checkpoint of ``run`` as its model, in the type and with the files that the configuration asks for."""
     from trace_ds.conversion.convert import convert_checkpoint
 
-    dtype = config.conversion_dtype
+    dtype = config.model.dtype
     try:
         report = convert_checkpoint(
             checkpoint,
             run.model,
             base_model=Path(config.model.path),
             dtype=dtype,
-            max_shard_size=config.conversion.max_shard_size,
             card=card,
             overwrite=True,
             jobs=min(MAX_JOBS, os.cpu_count() or 1),
@@ -88,10 +87,7 @@ def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[
 
 
 def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
-    """Refuse, before training, what the conversion after it would."""
-    from trace_ds.conversion.convert import parse_size
-
-    parse_size(config.conversion.max_shard_size, "conversion.max_shard_size")
+    """Nothing that a configuration says can be wrong for a conversion."""
 
 
 def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
@@ -122,11 +118,10 @@ def is_converted(config: Config, run: RunDirectory, checkpoint: Path) -> bool:
         is_whole = {name: (run.model / name).stat().st_size for name in names} == {
             name: entry["bytes"] for name, entry in report["files"].items()
         }
-        made_with = report["source"]["manifest_sha256"], report["dtype"], report["max_shard_size"]
+        made_with = report["source"]["manifest_sha256"], report["dtype"]
     except (OSError, AttributeError, KeyError, TypeError, UserError):
         return False
-    settings = config.conversion_dtype, config.conversion.max_shard_size
-    return is_whole and made_with == (sha256_file(checkpoint / "manifest.json"), *settings)
+    return is_whole and made_with == (sha256_file(checkpoint / "manifest.json"), config.model.dtype)
 
 
 def card_facts(config: Config, run: RunDirectory) -> dict[str, Any]:

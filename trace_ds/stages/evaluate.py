@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trace_ds.config.names import ORIGINAL, UNLEARNED
 from trace_ds.config.schema import Config
+from trace_ds.config.sections.base import ORIGINAL, UNLEARNED
 from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task, read_tasks

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import newest_complete, step_name
-from trace_ds.config.schema import Config, ConversionConfig
-from trace_ds.config.sections.finetune import TARGET, FinetuneSettings
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.training import TARGET, FinetuneSettings
 from trace_ds.conversion.card import model_name
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, require_plain_logits
@@ -90,16 +90,11 @@ class FinetuneJob:
         """Directory of the newest complete checkpoint."""
         return self.place.checkpoints / step_name(newest_complete(self.place.checkpoints)[0] or 0)
 
-    @property
-    def plain_config(self) -> Config:
-        """The configuration with default ``conversion`` settings: the configured ones are about the unlearned model."""
-        return self.config.model_copy(update={"conversion": ConversionConfig()})
-
     def is_trained(self) -> bool:
         return self.training.is_done(lambda manifest: manifest.step >= self.steps)
 
     def is_converted(self) -> bool:
-        return is_converted(self.plain_config, self.place, self.checkpoint)
+        return is_converted(self.config, self.place, self.checkpoint)
 
     def is_done(self) -> bool:
         return self.is_trained() and self.is_converted()
@@ -144,7 +139,7 @@ class FinetuneJob:
             "method": method,
         }
         with stage_log(self.place, "finetune") as log:
-            write_model(self.plain_config, self.place, self.checkpoint, card, log)
+            write_model(self.config, self.place, self.checkpoint, card, log)
 
 
 def settings_of(config: Config) -> FinetuneSettings:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
-from trace_ds.config.names import MAX_LENGTH
 from trace_ds.config.schema import Config
+from trace_ds.config.sections.base import MAX_LENGTH
 from trace_ds.config.sections.bench import BenchConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation.metrics import METRICS, TASK_METRICS, direction

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trace_ds.config.sections.finetune import FinetuneSettings
+from trace_ds.config.sections.training import FinetuneSettings
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.corpora.dataset import Batch, FlatArray, TokenDataset
 from trace_ds.parallel.device import to_device

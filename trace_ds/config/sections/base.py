@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
@@ -29,6 +30,31 @@ def expanded(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(expanded)]
+
+# Names that become the names of files and folders: of runs, variants, tasks, models, methods.
+ORIGINAL, UNLEARNED = "original", "unlearned"  # models that every run has
+MAX_LENGTH = 100  # with the endings that writers add, a file's name stays below the 255 bytes of file systems
+
+
+def check_name(name: str) -> str:
+    """``name``, when it can be a file's name everywhere, no path and no temporary file of ours; else ``ValueError``."""
+    if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_LENGTH - 1}}}", name) or ".tmp-" in name:
+        raise ValueError(
+            f"a name is made of letters, digits, '.', '_' and '-' (at most {MAX_LENGTH}), begins with one of the "
+            "first two, no .tmp-"
+        )
+    return name
+
+
+def check_model_name(name: str) -> str:
+    """``name``, when it can be that of a further model of a run; else ``ValueError``."""
+    if name in (ORIGINAL, UNLEARNED) or re.fullmatch(r"step_\d+", name):
+        raise ValueError(f"a model cannot be named {name!r}, which every run has: use another name")
+    return check_name(name)
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+ModelName = Annotated[str, AfterValidator(check_model_name)]
 
 
 def _bounded(value: _T) -> _T:

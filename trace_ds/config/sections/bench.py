@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trace_ds.config.names import Name
-from trace_ds.config.sections.base import Number, Section, Seed
+from trace_ds.config.sections.base import Name, Number, Section, Seed
 
 
 class BenchConfig(Section):

@@ -6,8 +6,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trace_ds.config.names import UNLEARNED, ModelName, Name
-from trace_ds.config.sections.base import ExpertParallelSize, Integer, Number, PathText, Section
+from trace_ds.config.sections.base import (
+    UNLEARNED,
+    ExpertParallelSize,
+    Integer,
+    ModelName,
+    Name,
+    Number,
+    PathText,
+    Section,
+)
 from trace_ds.config.sections.data import ConfigText, DatasetText, PathOrDataset, SplitText, require_place
 
 TaskColumn = Literal[
