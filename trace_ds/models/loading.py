@@ -193,12 +193,14 @@ def _fill(model: nn.Module, files: WeightFiles, dtype: torch.dtype, ep: int, ep_
         if not hasattr(parameter, "ds_tensor") and fp32.search(name):
             parameter.data = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
         values, first, last = local_elements(parameter)
+        # AutoEP gives each rank as many experts, in their order: a rank's share of the fused tensor is one range
         if ep > 1 and ".experts." in name and parameter.dim() == 3 and not hasattr(parameter, "ds_tensor"):
             share = parameter.numel() // ep
             first, last = ep_rank * share, (ep_rank + 1) * share
             values = values[first:last]
         if last > first:
             target = values[: last - first]
+            # files are read into host memory, also where the partition is on the GPU
             staged = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
             files.read(source, first, staged)
             if staged is not target:

@@ -172,6 +172,7 @@ class World:
             raise UserError(*errors[0]) if self.is_main else AgreedError
 
     def _reduce(self, values: np.ndarray, dtype: type, operation: Any) -> np.ndarray:
+        # np.array copies: the all-reduce works in place, and the caller keeps its values
         tensor = to_device(torch.from_numpy(np.array(values, dtype=dtype, order="C")), self.device)
         dist.all_reduce(tensor, op=operation)
         return tensor.cpu().numpy()

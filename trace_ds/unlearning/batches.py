@@ -25,6 +25,7 @@ FORGET_STREAM, RETAIN_STREAM, CORPUS_STREAM, GRIP_STREAM = 1, 2, 3, 4
 
 def generator(seed: int, stream: int, counter: int) -> np.random.Generator:
     """A counter-based generator: independent for every (seed, stream, counter), no state to save."""
+    # Drawing advances Philox's counter from its lowest word on, so sequences of different highest words never meet.
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, counter]))
 
 
@@ -41,10 +42,12 @@ class EpochRows:
     def at(self, step: int) -> np.ndarray:
         """Row numbers of ``step`` (0-based), int64 [per_step]."""
         positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
+        # a step may lie in two epochs, or in more where a corpus has fewer rows than a step
         epochs, places = np.divmod(positions, len(self.rows))
         for epoch in {int(epoch) for epoch in epochs}.difference(self._orders):
             self._orders[epoch] = generator(self.seed, self.stream, epoch).permutation(self.rows)
         rows = np.array([self._orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
+        # an order is as long as the corpus: keep those of this step's epochs alone
         for epoch in set(self._orders).difference(int(epoch) for epoch in epochs):
             del self._orders[epoch]
         return rows
@@ -70,6 +73,7 @@ class SampledRows:
         draws = generator(self._seed, self._stream, step).random(self._per_step)
         points = (np.arange(self._per_step) + draws) / self._per_step * self._cumulative_R[-1]
         places = np.searchsorted(self._cumulative_R, points, side="right")
+        # by rounding a point can reach the total, which lies behind the last row
         return self._rows[np.minimum(places, len(self._rows) - 1)]
 
 
@@ -211,6 +215,7 @@ class Batches:
         if self._alternative is not None:  # row i's is row i modulo their number
             usable = self._usable_alternative
             sides.append((self._alternative, np.where(forget_rows < 0, -1, usable[forget_rows % len(usable)])))
+        # at least 1: a rank without rows runs the same passes as the others, on filling
         length = max(1, *(_length(corpus, row) for corpus, rows in sides for row in rows))
         forget, retain, *alternatives = (corpus.batch(rows.tolist(), 0, length) for corpus, rows in sides)
         alternative = None

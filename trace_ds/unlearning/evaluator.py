@@ -79,7 +79,8 @@ def score_rows(engine: Any, sides: Mapping[str, FixedRows], world: World, batch_
 def _row_sums(engine: Any, fixed: FixedRows, world: World, batch_rows: int) -> np.ndarray:
     """This rank's [Σ NLL, counted tokens, experts in common, experts chosen] as float64."""
     mine = fixed.rows[world.rank :: world.size]
-    most = math.ceil(len(fixed.rows) / world.size)  # the same on every rank
+    # a forward pass of the engine is collective: every rank makes as many, the last ones on filling where it has none
+    most = math.ceil(len(fixed.rows) / world.size)
     batch_rows = min(batch_rows, most)
     passes = math.ceil(most / batch_rows)
     filled = np.full(passes * batch_rows, -1, dtype=np.int64)

@@ -123,6 +123,7 @@ class ForgetRetain:
             places_2N = batch.places_2N[:, : batch.forget_places]
             sides["forget"] = (slice(first_retain), places_2N, "nll" if loss in SEQUENCE_LOSSES else loss)
         used_BS = counted_BS
+        # positions restart with each document, so they are offsets in it
         for offset in self.sinks:
             used_BS = used_BS & to_device(positions_BS != offset, counted_BS.device)
         retain_loss = self.settings.retain_term
@@ -132,6 +133,8 @@ class ForgetRetain:
         if batch.alternative is not None:
             rows_N, columns_N = batch.alternative.places_2N
             sides["alternative"] = (slice(end_retain, None), torch.stack([rows_N + end_retain, columns_N]), "nll")
+        # One pass for all sides: another would gather every layer once more under ZeRO-3, and exchange tokens between
+        # the experts' ranks once more.
         requests = [self._request(ids_BS, places_2N, name, frozen) for _, places_2N, name in sides.values()]
         with router_logits(engine.module, self.anchor.moe_layer if self.anchor else None) as logits:
             outputs = forward(engine, ids_BS, positions_BS, layer=self.needs.layer, requests=requests)
@@ -184,6 +187,7 @@ class ForgetRetain:
         longest = max(batch.counted_BS.shape[1] for batch in batches)
         ids, positions = [], []
         for batch in batches:
+            # positions from 0 make the filling a document of its own, which no real token attends to
             filling = torch.arange(longest - batch.counted_BS.shape[1]).expand(end - begin, -1)
             ids.append(functional.pad(batch.input_ids_BS[begin:end], (0, filling.shape[1])))
             positions.append(torch.cat([batch.position_ids_BS[begin:end], filling], dim=1))

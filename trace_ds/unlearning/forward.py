@@ -85,6 +85,7 @@ def forward(
             return tuple(captured)
         if not requests:
             return (*captured, last_BSD)
+        # all requests in one call of the head's module, for which ZeRO-3 gathers its weight once
         chosen_2N = torch.cat([torch.stack([request.rows_N, request.columns_N]) for request in requests], dim=1)
         parts = [(len(request.rows_N), request.function) for request in requests]
         with _replaced_forward(model.lm_head, _head_forward(model.lm_head, parts)):
@@ -136,6 +137,7 @@ class _HeadValues(torch.autograd.Function):
         hidden_gradient_ND = torch.zeros_like(hidden_ND)
         in_place = weight_VD.dtype == torch.float32
         products = _products(ctx.chunks, ctx.chunk * (1 if in_place else CHUNKS_PER_PRODUCT))
+        # a sum in bf16 would lose the small ones of several products; a single one is rounded once anyway
         dtype = torch.float32 if len(products) > 1 else weight_VD.dtype
         weight_gradient_VD = torch.zeros_like(weight_VD, dtype=dtype) if ctx.needs_input_grad[1] else None
         for chunks in products:

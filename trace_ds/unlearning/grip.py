@@ -170,6 +170,7 @@ class Projection:
                 uniform_EI = torch.from_numpy(random.random((after_LED.shape[1], ITERATIONS)))
                 update_ED = after_LED[layer] - before_LED[layer]
                 updates_LED[layer] = constraints.project(update_ED, to_device(uniform_EI, self._world.device))
+        # each rank has projected the layers it holds constraints of, and zeros of the others
         self._world.sum_in_place(updates_LED)
         self._before_LED = before_LED + updates_LED
         set_router_weights(
@@ -233,6 +234,7 @@ def set_router_weights(engine: Any, values: dict[int, torch.Tensor], world: Worl
     zero, utils = quiet_deepspeed().zero, quiet_deepspeed().utils
     weights = {layer: router_weights(engine)[layer] for layer in values}
     partitioned = any(hasattr(weight, "ds_id") for weight in weights.values())
+    # the module's weights are read by the next forward pass, the optimizer's fp32 masters by its next step
     with torch.no_grad(), zero.GatheredParameters(list(weights.values()), modifier_rank=0, enabled=partitioned):
         for layer, weight in weights.items():
             weight.data.copy_(values[layer])

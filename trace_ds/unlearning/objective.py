@@ -247,5 +247,6 @@ def reference_engine(
 
 def _whole_head(engine: Any) -> torch.Tensor:
     """The frozen LM head [V, D] on this rank, gathered where ZeRO partitions it."""
+    # a copy: ZeRO-3 releases the gathered weight at the end of the block
     with whole_head(engine.module.lm_head) as (weight_VD, _):
         return weight_VD.detach().clone()

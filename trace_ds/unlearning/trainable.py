@@ -144,6 +144,8 @@ def parameter_groups(model: nn.Module, trained: Trained | None, weight_decay: fl
 
 def freeze(model: nn.Module, trained: Trained) -> None:
     """Zero the gradients of all that is not trained, on an engine's converted model (local experts under AutoEP)."""
+    # Hooks of tensors run before DeepSpeed's, which reduce each gradient while the backward pass goes on: a change of
+    # ``parameter.grad`` afterwards would come too late.
     for name, parameter in model.named_parameters():
         source = autoep.source_name(name, trained.parameters)
         rows = trained.rows(source)

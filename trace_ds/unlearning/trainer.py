@@ -96,7 +96,7 @@ def train(
         keep=max(settings.keep, 2),  # while it trains
     )
     with termination_noted() as terminated, saver:
-
+        # one process looks at the shared storage, each at its own signals: run_step sums what they say
         def stop_requested() -> bool:
             return terminated() or (world.is_main and any(path.is_file() for path in run.stop_files))
 
@@ -161,10 +161,12 @@ def require_finite(engine: Any, world: World, objective: Objective, rows: Batche
 
 def finite_state(engine: Any) -> bool:
     """Whether this rank's weights, and the fp32 partitions and moments of its optimizer, are all finite."""
+    # under ZeRO-3 a parameter is empty between passes; its share on this rank is ``ds_tensor``
     weights = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
     state = engine.optimizer.optimizer.state
     values = [*weights, *state, *(value for entry in state.values() for value in entry.values())]
     tensors = [value.detach() for value in values if isinstance(value, torch.Tensor) and value.numel()]
+    # NaN and infinities are among the extremes, which need no mask of the tensor's size
     return all(bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()) for tensor in tensors)
 
 
@@ -201,6 +203,7 @@ def run_step(
         engine.set_gradient_accumulation_boundary(number == accumulation - 1)
         terms = next(each)
         sums += torch.stack([terms[name].detach().double() for name in factors])
+        # the two factors undo DeepSpeed's means over ranks and micro-batches
         engine.backward(sum(factors[name] * term for name, term in terms.items()) * world.size * accumulation)
     # One collective a step: losses (and whether every rank's are finite) and who asks to stop.
     totals = torch.cat([sums, sums.new_full((1,), stop_requested())])
