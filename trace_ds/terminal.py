@@ -90,6 +90,9 @@ def verbose() -> bool:
 def quiet_libraries() -> None:
     """Keep warnings of libraries out of the terminal, here and in processes started from here. Errors still show."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # else two lines a data set that comes from the cache; the level is for a process in which it is imported already
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    logging.getLogger("datasets").setLevel(logging.ERROR)
     # a filter: DeepSpeed sets its logger's level when it is imported, and the first warning comes then
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,8 @@ def from_fetch_to_report(place: Place, folder: Path, words: list[str]) -> Path:
     done = place.without.run(["run", *words, "--variants", "all"], folder, time_s=600, memory_bytes=8 << 30)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert place.hub.requests[requested:] == []
+    lines = (done.stdout + done.stderr).splitlines()
+    assert len(lines) <= 40 and all(re.match(r"\[[a-z]+( \S+)?\] ", line) for line in lines), lines  # ours only
     return folder / "runs" / f"{words[0]}-{words[1]}"
 
 

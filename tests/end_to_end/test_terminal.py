@@ -72,6 +72,17 @@ def test_a_bar_on_a_terminal_gives_way_to_lines_and_leaves_nothing(
     assert capsys.readouterr().out == "[collect] resumed\n"
 
 
+@pytest.mark.parametrize(("steps", "speed"), [(100, "2.0/s"), (10, "5.0 s/step")])
+def test_progress_says_seconds_a_step_where_steps_are_slow(
+    steps: int, speed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([0.0, 50.0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: next(times, 50.0))
+    stage = log.StageLog("unlearn", tmp_path / "unlearn.jsonl", None)
+    log.Progress(stage, "steps", 200).advance(steps)
+    assert f"steps: {steps}/200 steps, {speed}, about " in capsys.readouterr().out
+
+
 def test_what_libraries_say_of_their_own_accord_is_not_heard(tiny_model: Path) -> None:
     """A sequence longer than the tokenizer's maximum; in a process where they are new."""
     code = (

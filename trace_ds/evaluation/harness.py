@@ -272,7 +272,7 @@ def _run(lm: Any, config: TaskConfig, apply_chat_template: bool) -> dict[str, An
     """lm-eval's results of a task, with the random states of its command."""
     from lm_eval import simple_evaluate
 
-    with _random_states():  # before tasks are read, which some shuffle
+    with _random_states(), _without_environment():  # random states before tasks are read, which some shuffle
         loaded = _load(config)
         for name, single in loaded["tasks"].items():
             if single.OUTPUT_TYPE != "multiple_choice":
@@ -293,6 +293,22 @@ def _run(lm: Any, config: TaskConfig, apply_chat_template: bool) -> dict[str, An
             for single in loaded["tasks"].values():
                 _require_right_choices(single, config)
         return dict(results)
+
+
+@contextlib.contextmanager
+def _without_environment() -> Iterator[None]:
+    """Keep lm-eval from asking git and pip about this machine.
+
+    Outside a repository git complains on the terminal; nothing here reads the answers, and they take seconds.
+    """
+    from lm_eval import evaluator
+
+    kept = evaluator.get_git_commit_hash, evaluator.add_env_info
+    evaluator.get_git_commit_hash = evaluator.add_env_info = lambda *_: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash, evaluator.add_env_info = kept
 
 
 @contextlib.contextmanager

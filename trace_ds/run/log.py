@@ -199,9 +199,10 @@ class Progress:
             self._next_s = now_s + min(now_s - self._began_s, LINE_EVERY_S)
             rate = (self._done - self._start) / max(now_s - self._began_s, 1e-9)
             left_s = (self._total - self._done) / max(rate, 1e-9)
+            speed = f"{rate:,.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):,.1f} s/{self._unit}"
             extra = "".join(f", {name} {value:.4g}" for name, value in shown.items())
             self._log.line(
-                f"{self._label}: {self._done:,}/{self._total:,} {self._unit}s, {rate:,.1f}/s, "
+                f"{self._label}: {self._done:,}/{self._total:,} {self._unit}s, {speed}, "
                 f"about {left_s:,.0f} s left{extra}"
             )
 
