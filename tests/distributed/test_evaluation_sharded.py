@@ -17,10 +17,9 @@ from stage_calls import evaluate
 from test_evaluation_models import SETTINGS, random_sequences
 from test_evaluation_stage import Case, case, evaluate_on, with_every_kind_of_task  # noqa: F401 (case is a fixture)
 
-from trace_ds.config.sections.evaluation import RelearningConfig
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
-from trace_ds.evaluation.attacks import forced, relearn, training_settings, without_first
+from trace_ds.evaluation.attacks import forced, without_first
 from trace_ds.evaluation.drift import sample_routing
 from trace_ds.evaluation.language_model import LanguageModel, Sharding, loaded
 from trace_ds.models.families import FAMILIES
@@ -139,35 +138,6 @@ def test_a_whole_evaluation(case: Case, tmp_path: Path) -> None:  # noqa: F811
     for name, expected in alone.items():
         close(case.result(name), expected, name)
     assert case.result("unlearned")["drift"] and case.result("gold")["attacks"]["expert_forcing"]
-
-
-def relearned(
-    world: Any, path: str, dataset: str, settings: RelearningConfig
-) -> tuple[list[Any], dict[str, np.ndarray]]:
-    """The scores on the way and the experts of this rank, whose gradients come out a little different on each rank."""
-    from transformers import AutoTokenizer
-
-    tokenizer, shape = AutoTokenizer.from_pretrained(path), (world, Sharding(2, 0)) if world is not None else ()
-    with loaded(path, tokenizer, SETTINGS, *shape, trained=training_settings(settings)) as model:
-        if world is not None:
-            for parameter in model.model.parameters():
-                parameter.register_hook(lambda gradient: gradient * (1 + 1e-6 * world.rank))
-        score = lambda: [float(value) for result in model.score(random_sequences(9)) for value in result.log_prob]  # noqa: E731
-        curve = relearn(model, TokenDataset.open(Path(dataset)), settings, 3, score)["curve"]
-        experts = {name: value.detach().numpy() for name, value in model.model.named_parameters() if "experts" in name}
-        return [(point["loss"], point["scores"]) for point in curve], {n: v.copy() for n, v in experts.items()}
-
-
-def test_replicas_of_experts_learn_together(models: dict[str, str], dataset: str) -> None:
-    settings = RelearningConfig(steps=3, lr=3e-3)
-    alone, _ = relearned(None, models["mixtral"], dataset, settings)
-    assert abs(np.subtract(alone[-1][1], alone[0][1])).max() > 1e-2
-    ranks = run_distributed(relearned, 4, models["mixtral"], dataset, settings)
-    for rank, (curve, experts) in enumerate(ranks):
-        for (loss, scores), (expected_loss, expected) in zip(curve, alone, strict=True):
-            assert (loss or 0) == pytest.approx(expected_loss or 0, rel=1e-4)
-            assert np.allclose(scores, expected, atol=1e-3)
-        assert experts.keys() and all(np.array_equal(v, ranks[rank % 2][1][n]) for n, v in experts.items())
 
 
 def most_gathered(world: Any, path: str) -> tuple[int, int, int]:

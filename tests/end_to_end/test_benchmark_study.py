@@ -129,17 +129,6 @@ def test_a_curve_that_is_damaged_or_missing_is_one_line(
     assert not (other / "study.json").exists()
 
 
-def test_a_copy_without_its_links_is_read_alike(study: Path, recipe: Path, server: Server, tmp_path: Path) -> None:
-    """As by `cp -rL`: every link is a folder of its own."""
-    other = Path(shutil.copytree(study, tmp_path / "study"))
-    before = {name: (other / name).read_bytes() for name in ("study.json", "frontier.csv")}
-    result = server.run(["bench", recipe, "--run-dir", other], tmp_path, **JOB)
-    assert result.returncode == 0 and not result.stderr, result
-    assert {name: (other / name).read_bytes() for name in before} == before
-    variant = next((other / "seed_0" / "variants").iterdir())
-    assert "Traceback" not in server.run(["inspect", variant], tmp_path, **JOB).stderr
-
-
 def test_a_changed_method_is_all_that_is_run_again(study: Path, recipe: Path, server: Server, tmp_path: Path) -> None:
     other = Path(shutil.copytree(study, tmp_path / "study", symlinks=True))
     before = {path: path.stat().st_mtime_ns for path in curves(other)}

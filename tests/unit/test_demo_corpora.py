@@ -75,43 +75,10 @@ def test_utility_is_measured_outside_the_retain_pool(built: Path) -> None:
     assert utility < texts(built / "pretrain_gold.jsonl")
 
 
-@pytest.mark.parametrize("task", ["knowledge", "verbatim"])
-def test_retain_pool_holds_the_intended_share(built: Path, task: str) -> None:
-    tokenizer = tokenizer_of(built)
-    tokens = {"task": 0, "general": 0}
-    for document in lines(built / task / "retain.jsonl"):
-        kind = "general" if document["source"].startswith("general/") else "task"
-        assert not document["source"].startswith(("forget/", "passages/proverbs"))
-        tokens[kind] += len(tokenizer.encode(document["text"]).ids) + 1
-    total = sum(tokens.values())
-    assert 0.95 * corpora.RETAIN_TOKENS[task] < total <= corpora.RETAIN_TOKENS[task]
-    assert tokens["task"] / total == pytest.approx(corpora.RETAIN_TASK_SHARE[task], abs=0.01)
-
-
-def test_nothing_near_is_in_the_retain_pool_when_it_is_absent(tmp_path: Path) -> None:
-    corpora.build_corpora(tmp_path, seed=0, regime="absent")
-    sources = {document["source"] for document in lines(tmp_path / "knowledge/retain.jsonl")}
-    assert sources and all(source.startswith("general/") for source in sources)
-
-
 def tokenizer_of(directory: Path):
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(directory / "tokenizer/tokenizer.json"))
-
-
-def test_a_prompt_is_a_token_prefix_of_its_completions_and_facts_fit_a_row(built: Path) -> None:
-    tokenizer = tokenizer_of(built)
-    for name in ("forget", "utility"):
-        for question in lines(built / f"knowledge/questions_{name}.jsonl"):
-            prompt = tokenizer.encode(question["prompt"]).ids
-            for choice in question["choices"]:
-                whole = tokenizer.encode(f"{question['prompt']} {choice}").ids
-                assert whole[: len(prompt)] == prompt
-                assert len(prompt) < len(whole) < corpora.CONTEXT_TOKENS
-    for document in lines(built / "pretrain_original.jsonl"):
-        if not document["source"].startswith("general/"):
-            assert len(tokenizer.encode(document["text"]).ids) + 1 <= corpora.CONTEXT_TOKENS
 
 
 @pytest.mark.parametrize("module", ["mendeleev", "pycountry"])

@@ -12,17 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import (
-    LOGITS_PER_FORWARD,
     LanguageModel,
     ModelSettings,
     Sequence,
     loaded,
-    plan_batches,
 )
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -129,25 +125,6 @@ def test_scores_equal_a_float64_reference(model: LanguageModel) -> None:
             assert ours.is_argmax.tolist() == expected.is_argmax.tolist()
 
 
-@given(
-    st.lists(st.tuples(st.integers(2, 500), st.integers(1, 499)), min_size=1, max_size=60),
-    st.integers(1, 9),
-    st.sampled_from([63, 32_000, 5_000_000]),
-)
-@settings(deadline=None, max_examples=60)
-def test_batches_hold_every_sequence_once_within_the_limits(
-    shapes: list[tuple[int, int]], rows: int, vocabulary: int
-) -> None:
-    sequences = [Sequence((5,) * size, min(first, size - 1)) for size, first in shapes]
-    batches = plan_batches(sequences, rows, vocabulary)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(sequences)))
-    for batch in batches:
-        longest = max(len(sequences[index].ids) for index in batch)
-        kept = longest - min(sequences[index].first for index in batch) + 1
-        assert len(batch) <= rows
-        assert len(batch) == 1 or len(batch) * kept * vocabulary <= LOGITS_PER_FORWARD
-
-
 def test_choices_of_one_question_share_its_row(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one, three and two tokens: one row, and the scores of each alone."""
     question = (0, 9, 8, 7)
@@ -225,11 +202,6 @@ def test_a_token_across_the_boundary_is_scored() -> None:
 
     model = LanguageModel(Stub(), tokenizer, SETTINGS)
     assert model.encode_completion("ca", "bc", "here") == Sequence((0, 4, 3, 4), 2)
-
-
-def test_too_long_an_item_is_refused(model: LanguageModel) -> None:
-    with pytest.raises(UserError, match=r"tasks.jsonl item 7: the item needs 71 tokens and the model reads 64"):
-        model.encode_completion("w1 " * 60, "w2 " * 10, "tasks.jsonl item 7")
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path: Path) -> None:

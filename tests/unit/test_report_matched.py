@@ -13,7 +13,7 @@ from scipy import stats
 
 from trace_ds.reporting.gather import Score
 from trace_ds.reporting.intervals import of_score, wilson
-from trace_ds.studies.analysis import Reached, matched, reached
+from trace_ds.studies.analysis import matched
 
 unit = st.floats(0, 1, allow_nan=False)
 
@@ -51,23 +51,6 @@ def test_against_a_plain_loop(rows: list[tuple[float, float]], target: float) ->
         assert min(kept) - 1e-12 <= result.post <= max(kept) + 1e-12
 
 
-@pytest.mark.parametrize(
-    ("forget", "result"),
-    [
-        ([0.9, 0.5, 0.3], Reached(2, 0.5)),
-        ([0.9, 0.4, 0.3], Reached(1, 1.0)),  # on the target itself
-        ([0.3, 0.9], Reached(0, 1.0)),  # nothing before
-        ([math.nan, 0.3], Reached(1, 1.0)),  # nothing before that is known
-        ([0.9, 0.5], None),
-    ],
-)
-def test_where_between_two_scored_steps(forget: list[float], result: Reached | None) -> None:
-    mine = reached(forget, 0.4)
-    assert (mine is None) == (result is None)
-    if mine is not None and result is not None:
-        assert mine.index == result.index and mine.share == pytest.approx(result.share)
-
-
 @pytest.mark.parametrize(("count", "of"), [(0, 40), (3, 40), (67, 240), (240, 240)])
 def test_wilson_against_scipy(count: int, of: int) -> None:
     result, expected = wilson(count / of, of), stats.binomtest(count, of).proportion_ci(method="wilson")
@@ -82,9 +65,3 @@ def test_scores_that_are_no_mean_over_questions_have_no_interval() -> None:
     ):
         score = Score("m", "t", metric, value, 80, "utility", direction, None)
         assert of_score(score) is None
-
-
-@pytest.mark.parametrize(("steps", "utility", "message"), [([2, 1], [1, 1], "do not increase"), ([1, 2], [1], "util")])
-def test_bad_input_is_refused(steps: list[int], utility: list[float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        matched(steps, [0.1, 0.1], utility, 0.5)
