@@ -348,7 +348,7 @@ def test_every_metric_is_explained() -> None:
     from trace_ds.evaluation.metrics import METRICS
 
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    table = text.partition("| metric | range |")[2].partition("\n\n")[0]
+    table = text.partition("| metric | range, chance |")[2].partition("\n\n")[0]
     cells = [line.split("|")[1] for line in table.splitlines()[2:]]
     named = {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)}
     assert named == set(METRICS)
