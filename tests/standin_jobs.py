@@ -134,8 +134,8 @@ def check_unlearn(kind: str, job: str, family: str, folder: Path) -> None:
             *_, step = gpu_acceptance.unlearn(job, family, world, folder, bf16=True)
         with observe(world.device) as waits:
             step(3)
-    for told_there, told_here in zip(steps_there, steps_here, strict=True):
-        alike(told_there, told_here)
+    for step_there, step_here in zip(steps_there, steps_here, strict=True):
+        alike(step_there, step_here)
     alike(weights_there, {name: value.numpy() for name, value in model_here.state_dict().items()})
     within(waits, WAITS_PER_STEP)
 

@@ -586,16 +586,16 @@ def fit_router(x_TD: torch.Tensor, size_TF: torch.Tensor, groups_EM: torch.Tenso
     return router_ED * (ROUTER_SPREAD / (x_TD @ router_ED.T).std(1).mean().clamp_min(1e-12))
 
 
-def repair(block: SplitFeedForward, x_TD: torch.Tensor, wanted_TD: torch.Tensor) -> tuple[float, float]:
+def repair(block: SplitFeedForward, x_TD: torch.Tensor, dense_TD: torch.Tensor) -> tuple[float, float]:
     """Fit the down projection to the wanted outputs; the relative squared errors before and after.
 
     A token weighs |wanted|^-1/2 (in units of the median): between absolute and relative errors, since the sums of
     squares of a pretrained model are those of a few attention sinks.
     """
     neurons_TF = block.neurons(x_TD)
-    length_T = wanted_TD.norm(dim=1)
+    length_T = dense_TD.norm(dim=1)
     weight_T1 = (length_T.square() + length_T.median().square()).pow(-0.25)[:, None]
-    a_TF, b_TD = neurons_TF * weight_T1, wanted_TD * weight_T1
+    a_TF, b_TD = neurons_TF * weight_T1, dense_TD * weight_T1
 
     def error() -> float:
         return float((a_TF @ block.down.T - b_TD).square().sum() / b_TD.square().sum())
@@ -654,18 +654,18 @@ def is_split(block: nn.Module) -> bool:
 def _divergence(moe: Any, dense: Any, tokens_RT: torch.Tensor, counts_RT: torch.Tensor) -> float:
     """KL(dense || moe), nats a counted token; its gradient is added. The logits exist a few tokens at a time."""
     with torch.no_grad():
-        wanted_TD = dense.model(tokens_RT, use_cache=False).last_hidden_state[counts_RT]
-    found_TD = moe.model(tokens_RT, use_cache=False).last_hidden_state[counts_RT]
-    leaf_TD, total = found_TD.detach().requires_grad_(), 0.0
+        dense_TD = dense.model(tokens_RT, use_cache=False).last_hidden_state[counts_RT]
+    moe_TD = moe.model(tokens_RT, use_cache=False).last_hidden_state[counts_RT]
+    leaf_TD, total = moe_TD.detach().requires_grad_(), 0.0
     for start in range(0, len(leaf_TD), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         head_VD = dense.lm_head.weight
-        expected = F.linear(wanted_TD[part], head_VD).log_softmax(-1)
+        expected = F.linear(dense_TD[part], head_VD).log_softmax(-1)
         actual = F.linear(leaf_TD[part], head_VD).log_softmax(-1)
         loss = F.kl_div(actual, expected, log_target=True, reduction="sum") / len(leaf_TD)
         loss.backward()
         total += float(loss.detach())
-    found_TD.backward(leaf_TD.grad)
+    moe_TD.backward(leaf_TD.grad)
     return total
 
 

@@ -131,14 +131,14 @@ def test_choices_are_scored_as_the_harness_does_where_texts_begin_alike(
             disable_tqdm=True,
         )
     expected_IC = np.array([log_prob for log_prob, _ in theirs]).reshape(len(items), 4)
-    found_IC = np.array([log["log_prob"] for log in ours.logs])
-    assert np.allclose(found_IC, expected_IC, atol=1e-5) == equal
+    actual_IC = np.array([log["log_prob"] for log in ours.logs])
+    assert np.allclose(actual_IC, expected_IC, atol=1e-5) == equal
     lengths_IC = np.array([[len(choice) for choice in item.choices] for item in items])
     if equal:
         assert [log["predicted"] for log in ours.logs] == expected_IC.argmax(1).tolist()
         assert [log["predicted_norm"] for log in ours.logs] == (expected_IC / lengths_IC).argmax(1).tolist()
     else:
-        assert np.abs(found_IC - expected_IC).max() > 0.01
+        assert np.abs(actual_IC - expected_IC).max() > 0.01
 
 
 def test_perplexity_differs_from_the_harness_by_the_end_of_each_document(tmp_path: Path) -> None:

@@ -121,13 +121,13 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
     if alike:
         warnings.append(ALIKE)
     if config.method == "significance":
-        found_LE = np.zeros_like(eligible_LE)
+        discovered_LE = np.zeros_like(eligible_LE)
         adjusted = stats.false_discovery_control(value_LE[eligible_LE])
-        found_LE[eligible_LE] = adjusted <= FALSE_DISCOVERY_RATE
+        discovered_LE[eligible_LE] = adjusted <= FALSE_DISCOVERY_RATE
         # The load rule comes after the control, because p-values of experts chosen by their load would not be valid
         # ones. It only removes discoveries, but the rate is controlled for the set before: where the removed ones are
         # true more often than the others, the false share of those that stay is larger.
-        selected_LE = found_LE & (p_LE >= config.min_load * forget.top_k / experts)
+        selected_LE = discovered_LE & (p_LE >= config.min_load * forget.top_k / experts)
     else:
         score_LE, least = p_LE - q_LE, 0.0
         if config.method == "top_ratio":

@@ -81,6 +81,7 @@ def offer(
         members = np.nonzero(layer_S == layer)[0]
         free = members[[reason_S[s] == "" and 0 < target_S[s] < 1 for s in members]]
         total = float(retain_S[members].sum() - target_S[members].sum() + target_S[free].sum())
+        # frequencies lie between 0 and 1, so no shift reaches a sum outside 0 … len(free)
         if abs(total - float(target_S[free].sum())) > 1e-12 and 0 < total < len(free):
             target_S[free] = _shift_log_odds(target_S[free], total)
     return np.clip(target_S, 0.0, 1.0), reason_S
@@ -180,6 +181,7 @@ class SampleDual:
 
         target_S, variance_S, ridge = self._base_S + strength * self._shift_S, self._variance_S, self._problem.ridge
         free_S = variance_S > 0
+        # In units of √v the Hessian has a diagonal of 1 at θ = 0, whatever the frequencies: L-BFGS starts from it.
         scale_S = np.sqrt(np.where(free_S, variance_S, 1.0))
         last: list[Point] = []
 
@@ -202,6 +204,7 @@ class SampleDual:
             method="L-BFGS-B",
             bounds=optimize.Bounds(-box_S, box_S),
             callback=report,
+            # the gradient alone ends it: near the minimum D changes by less than float64 resolves
             options={"maxcor": 20, "maxiter": MAX_PASSES, "maxfun": MAX_PASSES, "ftol": 0.0, "gtol": tolerance},
         )
         theta_S = solution.x / scale_S
@@ -224,6 +227,7 @@ class SampleDual:
                 keeps, breaks = (max(keeps, strength), breaks) if met else (keeps, min(breaks, strength))
             if there:
                 continue
+            # u is nearly proportional to λ; where that would leave the bracket, halve the bracket
             moved = min(1.0, strength * float(np.clip(target / max(u, 1e-12), 0.3, 3.0)))
             if not keeps < moved < breaks and not (moved == 1.0 and breaks > 1.0):
                 moved = (keeps + min(breaks, 1.0)) / 2.0

@@ -187,6 +187,7 @@ def weigh_rows(request: WeightRequest, selections: RowSelections) -> RuleResult:
     if config.rule == "permuted":
         theta_LE = np.zeros(scope_LE.shape)  # no θ gives these weights
         weight_R[filled_R] = np.random.default_rng([request.seed, 2]).permutation(weight_R[filled_R])
+        # rows differ in tokens, so the mean over tokens is no longer 1
         weight_R *= total / float(weight_R @ sizes_R)
     spread_T, achieved_LE = RowSpread(tokens, weight_R), selections.sums(weight_R) / total
     return RuleResult(

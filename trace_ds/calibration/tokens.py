@@ -62,6 +62,7 @@ class Packing:
             return value_LE
         values = np.zeros((self.layers, 256))
         values[:, : self.experts] = value_LE
+        # little-endian: a pair reads as 256 times the second expert plus the first
         return (value_LE[:, :, None] + values[:, None, :]).reshape(self.layers, -1)
 
     def score(self, columns_GN: np.ndarray, tables_LV: np.ndarray) -> np.ndarray:

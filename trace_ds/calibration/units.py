@@ -121,6 +121,7 @@ class _Sums:
         if self.top == top:
             return self.moments
         factor = np.exp(self.top - top)
+        # the number of units is not scaled, Σ w and the features once, Σ w² twice
         powers = np.full(len(self.moments), factor)
         powers[0], powers[2] = 1.0, factor**2
         return self.moments * powers
@@ -142,6 +143,7 @@ def evaluate(units: Units, theta_S: np.ndarray, threads: int = 1) -> Point:
         columns_GN = units.packing.columns(selected_NLK)
         score_N = units.packing.score(columns_GN, tables)
         top = float(score_N[counts].max())
+        # units that do not count may score above the top, which is that of the others: no overflow before their 0
         weight_N = np.exp(np.minimum(score_N - top, 0.0))
         counted_N = weight_N * multiplicity_N
         three = [multiplicity_N.sum(), counted_N.sum(), (counted_N * weight_N).sum()]

@@ -90,6 +90,7 @@ def row_means(value_T: SlicedTokens, tokens: TokenMap) -> np.ndarray:
         counted = tokens.counted(start, stop)
         row = tokens.row_of(start, stop)[counted]
         if len(row):
+            # rows follow each other, so a chunk needs bins from its first row's number on only
             first, size = int(row[0]), int(row[-1] - row[0]) + 1
             values = np.asarray(value_T[start:stop])[counted]
             sums_R[first : first + size] += np.bincount(row - first, values, size)

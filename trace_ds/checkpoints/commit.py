@@ -96,6 +96,7 @@ class Saver:
         """
         began_s = time.monotonic()
         self.finish()
+        # a copy: the job goes on updating its trainer state while a thread writes this one
         manifest, copied = copy.deepcopy(manifest), self._background and not wait
         temporary = self._checkpoints / f"{step_name(manifest.step)}.tmp-{os.getpid()}"
         temporary = Path(self._world.broadcast(str(temporary)))
@@ -251,6 +252,7 @@ def choose(
         if world.is_main:
             discard_all(checkpoints)
         return None, []
+    # one listing for all ranks: shared storage may show another node an older one
     steps, problems = world.broadcast(complete_steps(checkpoints) if world.is_main else ([], []))
     chosen = _newest_undamaged(world, checkpoints, steps, problems)
     unreadable = list(problems)

@@ -51,6 +51,7 @@ class ShardFiles:
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         state = _plain(state_dict, {})
+        # by storage: what several tensors share is copied and written once
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(state)}
         size = sum(storage.nbytes() for storage in storages.values())
         taken = sum(map(_memory_of_copy, storages.values()))
@@ -112,6 +113,7 @@ class _Copied:
             theirs._save(state, self, pickle, theirs.DEFAULT_PROTOCOL, False)
 
     def write_record(self, name: str, data: Any, size: int) -> None:
+        # torch hands over copies of what is on a device, and host memory as it is, which the next step would change
         if isinstance(data, torch.UntypedStorage) and data.data_ptr() in self._live:
             data = torch.UntypedStorage(size).copy_(data)
         self._records.append((name, data, size))

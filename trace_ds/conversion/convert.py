@@ -387,6 +387,7 @@ def create_shards(
             entry = {"dtype": DTYPE_NAMES[task.dtype], "shape": list(task.source.shape)}
             entries[task.source.name] = {**entry, "data_offsets": [end - task.nbytes, end]}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        # as the safetensors library does: the data begin at a multiple of 8 bytes
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
         for task, end in zip(shard, ends, strict=True):

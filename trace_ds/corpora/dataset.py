@@ -232,6 +232,7 @@ class TokenMap:
         result_T = counted_positions(self.document_ids_T[span], mask_T)
         if stop < self.tokens:  # one token more was read
             result_T = result_T[:-1]
+        # the last token of a row predicts nothing, though a document may go on in the next row
         first = int(np.searchsorted(self.row_starts_R1, start + 1, side="left"))
         last = int(np.searchsorted(self.row_starts_R1, stop, side="right"))
         result_T[self.row_starts_R1[first:last] - 1 - start] = False

@@ -290,6 +290,7 @@ class LanguageModel:
             Diverged: a log-probability of a prompt is not finite (generation itself would go on with nonsense).
         """
         self.score([Sequence(tuple(ids), len(ids) - 1) for ids in prompts if len(ids) > 1])
+        # a batch generates as many tokens as its longest continuation may have, so like goes with like
         order = sorted(range(len(prompts)), key=lambda index: (-lengths[index], -len(prompts[index]), index))
         size = self.settings.batch_rows
         batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
@@ -307,7 +308,7 @@ class LanguageModel:
         longest = max(len(ids) for ids in prompts)
         ids_BS = torch.full((len(prompts), longest), self.pad_id, dtype=torch.int64)
         mask_BS = torch.zeros_like(ids_BS)
-        for number, ids in enumerate(prompts):
+        for number, ids in enumerate(prompts):  # filled at the left: all continuations begin at the same place
             ids_BS[number, longest - len(ids) :] = torch.tensor(ids)
             mask_BS[number, longest - len(ids) :] = 1
         output_BS = self.model.generate(

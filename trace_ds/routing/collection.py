@@ -242,6 +242,7 @@ class Collection:
 
     def _save(self, done: int) -> None:
         """Make the first ``done`` batches safe against a kill; the newest two states are kept (collective)."""
+        # a state with NaN in it would be where every later start goes on
         self._check_finite()
         self.world.run_on_all_ranks(lambda: self._write_state(done))
 
@@ -279,6 +280,7 @@ def refused_packing(engine: Any, vocabulary: int, device: torch.device) -> UserE
 
     Some families of transformers ignore restarting positions, or carry a state from token to token.
     """
+    # the second document once behind another and once alone, in rows of one length
     first, second, pad = 8, 6, 0
     ids_T = torch.randint(1, vocabulary, (first + second,), generator=torch.Generator().manual_seed(0))
     alone_T = torch.cat([ids_T[first:], torch.full((first,), pad)])

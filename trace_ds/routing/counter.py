@@ -87,6 +87,7 @@ class RoutingCounter:
         if not len(rows_N):
             shape = (len(counted_BS), self.layers, self.experts)
             return torch.zeros(shape, dtype=torch.int32, device=self.device)
+        # one number a (document, row); a piece is a run of equal ones
         pieces_P, local_N, sizes_P = torch.unique_consecutive(
             document_ids_BS[rows_N, columns_N] * len(counted_BS) + rows_N, return_inverse=True, return_counts=True
         )
@@ -200,7 +201,7 @@ class RoutingCounter:
                 for place in np.flatnonzero(part == item.document):
                     counts_DLE[place], tokens_D[place] = item.counts_LE.cpu().numpy(), item.tokens
             counts_DLE, tokens_D = world.sum_int64(counts_DLE), world.sum_int64(tokens_D)
-            if world.is_main:
+            if world.is_main:  # on one rank only: `reduce` adds up what each rank has finished
                 self._finish(torch.from_numpy(counts_DLE).to(self.device), tokens_D.tolist())
 
 

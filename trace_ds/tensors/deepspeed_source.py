@@ -168,6 +168,7 @@ def _add_group(
     offset = 0
     for name, shape in shapes.items():
         numel = math.prod(shape)
+        # every rank has a share of one size; what lies beyond the parameter's end in the last ones is padding
         share = -(-numel // parts)
         numel_here = max(0, min(share, numel - part * share))
         ep_rank = experts[name]["ep_rank"] if name in experts else 0
@@ -289,6 +290,7 @@ def _zero12_masters(
         for group, shapes in enumerate(groups):
             ranks_of: dict[int, list[int]] = defaultdict(list)
             for rank in range(world):
+                # which ranks hold the same experts: every ep-th one, or a run of neighbours with data_first
                 ep_rank = rank // (world // ep) if data_first else rank % ep
                 ranks_of[ep_rank if any(name in experts for name in shapes) else 0].append(rank)
             for ep_rank, ranks in ranks_of.items():
