@@ -7,7 +7,7 @@
 
 The CSV is a study's ``frontier.csv``, and may hold methods that the recipe no longer has. For each target the strengths
 are chosen anew, on other seeds, by the code of ``trace-ds bench``. One line per method: utility against the baseline on
-the seeds on which both forgot, with the paired bootstrap interval, Student's t interval of the difference, and the
+the seeds on which both forgot, with the t intervals of the ratio and of the difference, and the
 forget score after the last step.
 
 ``--levels``: instead, in the place of the mean from the first step at a target on, the utility at matched forgetting

@@ -168,6 +168,18 @@ def test_the_published_comparisons_follow_from_the_published_scores(
             assert_told(row, cell)
 
 
+def test_the_gains_over_permuted_weights_follow_from_the_published_scores() -> None:
+    from tools.study_from_csv import read_curves
+
+    config, _ = load_config("bench_entangled", ["bench.baseline=permuted"], "out")
+    curves = read_curves(config, ROOT / "docs" / "studies" / "entangled.csv")
+    rows = Comparison(config, curves, functools.partial(matched, target=0.302)).rows()
+    for strength in ("same strength", "own alpha"):
+        key = (strength, "sampling", "kept_facts exact_match", "post")
+        row = next(r for r in rows if (r["strength"], r["method"], r["metric"], r["at"]) == key)
+        assert_told(row, ENTANGLED)
+
+
 @pytest.mark.parametrize("method", ["row_30", "row_40", "row_50", "sampling"])
 def test_the_gains_of_row_weights_follow_from_the_published_scores(method: str) -> None:
     metric, rows = published("rows", 0.302)
