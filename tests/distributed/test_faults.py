@@ -245,28 +245,20 @@ def choose_each(world: Any, root: str) -> list[tuple[int, list[str]]]:
     return results
 
 
-def restore_each(world: Any, folder: str) -> list[tuple[int, list[str]]]:
-    """What is restored where rank 1 alone cannot load step 3, and neither of the two that are kept; what is told."""
-    results: list[tuple[int, list[str]]] = []
-    chosen = read_manifest(Path(folder) / LAST)
-    for broken in ((3,), (3, 2)):
-        lines: list[str] = []
+def load_on_rank_0_alone(world: Any, folder: str) -> str:
+    """What a rank says when rank 1 cannot load step 3."""
 
-        def load_one(manifest: Manifest, broken: tuple[int, ...] = broken) -> None:
-            if world.rank == 1 and manifest.step in broken:
-                raise KeyError("optimizer_state_dict")
+    def load(manifest: Manifest) -> None:
+        if world.rank == 1:
+            raise KeyError("optimizer_state_dict")
 
-        try:
-            step = commit.load_newest(world, Path(folder), chosen, load_one, lines.append).step
-        except JobFailed as error:
-            step = 0
-            lines.append(str(error))
-        results.append((step, lines))
-    return results
+    with pytest.raises(JobFailed) as error:
+        commit.load_on_all_ranks(world, Path(folder), read_manifest(Path(folder) / LAST), load)
+    return str(error.value)
 
 
-def choose_and_restore(world: Any, root: str, folder: str) -> tuple[list[tuple[int, list[str]]], ...]:
-    return choose_each(world, root), restore_each(world, folder)
+def choose_and_load(world: Any, root: str, folder: str) -> tuple[list[tuple[int, list[str]]], str]:
+    return choose_each(world, root), load_on_rank_0_alone(world, folder)
 
 
 def three_saves(world: Any, folder: str) -> None:
@@ -276,18 +268,14 @@ def three_saves(world: Any, folder: str) -> None:
 
 @pytest.mark.slow
 def test_damage_is_named_and_the_newest_complete_checkpoint_is_used(tmp_path: Path) -> None:
-    whole, loaded = tmp_path / "whole", tmp_path / "loaded"
+    whole = tmp_path / "whole"
     run_distributed(three_saves, 2, str(whole))
-    shutil.copytree(whole, loaded)
     for name, (damage, _, _) in DAMAGE.items():
         shutil.copytree(whole, tmp_path / name)
         damage(tmp_path / name)
-    results = run_distributed(choose_and_restore, 2, str(tmp_path), str(loaded))
-    (chosen, restored), (chosen_there, restored_there) = results
-    assert restored == restored_there and [step for step, _ in chosen] == [step for step, _ in chosen_there]
-    assert [step for step, _ in restored] == [2, 0]  # only the newest two are kept
-    assert all(f"{LAST} could not be loaded: KeyError: 'optimizer_state_dict'" in summary[0] for _, summary in restored)
-    assert "no checkpoint in" in restored[1][1][-1] and len(restored[1][1]) == 3
+    (chosen, failure), (chosen_there, failure_there) = run_distributed(choose_and_load, 2, str(tmp_path), str(whole))
+    assert failure == failure_there and [step for step, _ in chosen] == [step for step, _ in chosen_there]
+    assert f"{LAST} could not be loaded: KeyError: 'optimizer_state_dict'" in failure
     for (name, (_, expected, text)), (step, problems) in zip(DAMAGE.items(), chosen, strict=True):
         assert step == expected, name
         assert text in "\n".join(problems), (name, problems)

@@ -18,11 +18,10 @@ import pytest
 import tiny
 import torch
 from objective_reference import reference_run
-from processes import end_of_ranks, run_as_main, run_distributed
+from processes import end_of_ranks, run_distributed
 from safetensors.numpy import load_file
 from stage_calls import calibrate
 
-from trace_ds.checkpoints.elastic import write_universal
 from trace_ds.checkpoints.manifest import complete_steps, newest_complete, read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.conversion.convert import convert_checkpoint
@@ -31,7 +30,6 @@ from trace_ds.models.engine_config import parameter_offload, user_ds_config
 from trace_ds.run.directory import MADE_IN, RunDirectory
 from trace_ds.run.files import remove_leftovers
 from trace_ds.stages.unlearn import check as check_unlearn
-from trace_ds.tensors.opening import open_source
 from trace_ds.unlearning.trainer import finite_state
 
 # AdamW with a large eps moves each weight nearly in proportion to its gradient, so equal weights mean equal gradients;
@@ -359,37 +357,6 @@ def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=r"optim_states\.pt: the shard cannot be loaded safely"):
                 read(path)
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.slow
-def test_deepspeeds_own_tools_read_our_checkpoints(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
-    """``zero_to_fp32.py`` beside them gives the model that our converter gives; ``ds_to_universal``, asked for nothing
-    more than the folder, every state that ours writes."""
-    from safetensors.torch import load_file as load_tensors
-    from transformers import AutoModelForCausalLM
-
-    config, run = calibrated[0], copy_of(calibrated[1], tmp_path / "run")
-    overrides = ["unlearning.zero_stage=3", "unlearning.steps=1", "unlearning.forget_loss=graddiff"]
-    assert not any(run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides))
-    checkpoints = run / "checkpoints"
-    step = checkpoints / "step_000001"
-    run_as_main(checkpoints / "zero_to_fp32.py", checkpoints, tmp_path / "fp32", "--safe_serialization")
-    folders = ["--input_folder", step, "--output_folder", tmp_path / "theirs" / step.name]
-    run_as_main("deepspeed.checkpoint.ds_to_universal", *folders)
-    weights_of(run, 1, tmp_path / "model")
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    actual = {
-        name: value for path in (tmp_path / "fp32").glob("*.safetensors") for name, value in load_tensors(path).items()
-    }
-    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in actual)
-    write_universal(open_source(step), tmp_path / "ours")
-    states = sorted((tmp_path / "ours" / step.name / "zero").glob("*/*.pt"))
-    assert len(states) > 3 * 20
-    for path in states:
-        if path.name != "step.pt":
-            theirs = torch.load(tmp_path / "theirs" / path.relative_to(tmp_path / "ours"), weights_only=True)
-            theirs = theirs["param"] if isinstance(theirs, dict) else theirs
-            assert torch.equal(torch.load(path, weights_only=True)["param"].flatten(), theirs.flatten()), path
 
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))

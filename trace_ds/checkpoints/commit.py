@@ -11,7 +11,6 @@ step all ranks learn whether one of them is still writing, and go on together wh
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
@@ -36,7 +35,7 @@ from trace_ds.checkpoints.manifest import (
 )
 from trace_ds.errors import JobFailed, StopRequested, UserError
 from trace_ds.parallel.environment import available_memory_bytes
-from trace_ds.run.files import fsync_directory, write_bytes
+from trace_ds.run.files import fsync_directory
 from trace_ds.run.ours import MANIFEST, require_directory
 
 if TYPE_CHECKING:
@@ -105,9 +104,12 @@ class Saver:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
         self._world.barrier()  # no rank makes copies before all have seen how much memory is free
-        self._engine._copy_recovery_script = lambda folder: leave_script(Path(folder), manifest)
+        self._engine._copy_recovery_script = lambda folder: None  # DeepSpeed's zero_to_fp32.py, beside every one
         self._engine.save_checkpoint(
-            str(self._checkpoints), tag=temporary.name, client_state=client_state(manifest), save_latest=False
+            str(self._checkpoints),
+            tag=temporary.name,
+            client_state={"trace_ds_step": manifest.step},
+            save_latest=False,
         )
         self._submit(self._files.write, lambda written: self._gather_and_publish(manifest, temporary, written, copied))
         self._waited_s = time.monotonic() - began_s
@@ -174,27 +176,6 @@ class Saver:
             unused = stats.get("allocated_bytes.current", 0) - stats.get("active_bytes.current", 0)
             free += self._ranks_here * unused
         return HOST_SHARE * free / self._ranks_here
-
-
-def client_state(manifest: Manifest) -> dict[str, Any]:
-    """Our additions to DeepSpeed's state: the step, and a key that its universal converter asks for (where experts are
-    sharded DeepSpeed writes that itself)."""
-    from deepspeed.checkpoint import constants as theirs
-
-    version = {theirs.UNIVERSAL_CHECKPOINT_VERSION_KEY: theirs.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
-    universal = {theirs.UNIVERSAL_CHECKPOINT_INFO: version} if manifest.ep == 1 else {}
-    return {"trace_ds_step": manifest.step, **universal}
-
-
-def leave_script(checkpoints: Path, manifest: Manifest) -> None:
-    """Leave DeepSpeed's ``zero_to_fp32.py`` beside checkpoints that it can read: it joins no sharded experts and knows
-    no base model."""
-    from deepspeed.utils import zero_to_fp32
-
-    script = Path(zero_to_fp32.__file__)
-    if manifest.ep == 1 and manifest.layers is None and not (checkpoints / script.name).exists():
-        with contextlib.suppress(OSError):  # the checkpoint is what matters, and says so itself
-            write_bytes(checkpoints / script.name, script.read_bytes())
 
 
 def settle(checkpoints: Path, step: int, keep: int) -> None:
@@ -297,17 +278,15 @@ def _check_job(
         )
 
 
-def _newest_undamaged(
-    world: World, checkpoints: Path, steps: list[int], problems: list[str], job: str = ""
-) -> Manifest | None:
-    """The newest of the complete ``steps`` in which nothing is damaged, of this job if one is given (collective); newer
-    ones are taken off ``steps``, and ``problems`` gets a line for each that is damaged."""
+def _newest_undamaged(world: World, checkpoints: Path, steps: list[int], problems: list[str]) -> Manifest | None:
+    """The newest of the complete ``steps`` in which nothing is damaged (collective); newer ones are taken off
+    ``steps``, and ``problems`` gets a line for each that is damaged."""
     while steps:
         directory = checkpoints / step_name(steps[-1])
         manifest = world.run_on_main_and_broadcast(functools.partial(read_manifest, directory))
         damage = [line for line in world.gather(_damage(directory, manifest, world)) if line]
         problems += damage[:1]
-        if not damage and job in ("", manifest.job):
+        if not damage:
             return manifest
         steps.pop()
     return None
@@ -329,44 +308,29 @@ def _damage(directory: Path, manifest: Manifest, world: World) -> str:
     return ""
 
 
-def load_newest(
+def load_on_all_ranks(
     world: World,
     checkpoints: Path,
     chosen: Manifest,
-    load_one: Callable[[Manifest], None],
-    log: Callable[[str], None],
+    load: Callable[[Manifest], None],
     section: str = "unlearning",
-) -> Manifest:
-    """Load ``chosen``, or else the newest older checkpoint that can be loaded, into the engine (collective).
-
-    ``load_one`` loads a verified one, on every rank. All learn that one of them could not, so none waits for it; each
-    failure is logged before the next try. Returns the manifest of the one that was loaded.
+) -> None:
+    """Load a verified checkpoint into the engine (collective); all ranks learn that one of them could not.
 
     Raises:
-        JobFailed: none could be loaded.
+        JobFailed: a rank could not load it.
     """
-    manifest: Manifest | None = chosen
-    while manifest is not None:
-        problem = next((line for line in world.gather(_failure(load_one, manifest)) if line), "")
-        if not problem:
-            newer = _set_newer_aside(checkpoints, manifest.step) if manifest is not chosen and world.is_main else []
-            for line in world.broadcast(newer):
-                log(f"WARNING {line}")
-            return manifest
-        log(f"WARNING {checkpoints / step_name(manifest.step)} could not be loaded: {problem}")
-        steps = world.broadcast(complete_steps(checkpoints)[0] if world.is_main else [])
-        older = [step for step in steps if step < manifest.step]
-        manifest = _newest_undamaged(world, checkpoints, older, [], chosen.job)
-    raise JobFailed(
-        f"no checkpoint in {checkpoints} could be loaded (the reasons are above); "
-        f"start over with --set {section}.resume=never"
-    )
+    if problem := next((line for line in world.gather(_failure(load, chosen)) if line), ""):
+        raise JobFailed(
+            f"{checkpoints / step_name(chosen.step)} could not be loaded: {problem}. Fix: move it away to go on from "
+            f"the checkpoint before it, or start over with --set {section}.resume=never"
+        )
 
 
-def _failure(load_one: Callable[[Manifest], None], manifest: Manifest) -> str:
+def _failure(load: Callable[[Manifest], None], manifest: Manifest) -> str:
     """The error that kept this rank from loading (empty: none)."""
     try:
-        load_one(manifest)
+        load(manifest)
     except Exception as error:  # DeepSpeed raises anything on a state that is not what it expects
         return " ".join(f"{type(error).__name__}: {error}".split())
     return ""

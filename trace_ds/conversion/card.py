@@ -34,6 +34,10 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PAPER = (
+    "Re-weighting retain data by expert activation frequencies is TRACE (arXiv 2606.10338), of which only the abstract "
+    "is public: the equations are trace_ds's own decisions. Uniform weights are the baseline."
+)
 LIMITS = (
     "Unlearning suppresses; it does not prove deletion. Relearning, quantisation or adversarial prompts may bring "
     "knowledge back. Evaluate before you rely on it.",
@@ -120,36 +124,19 @@ def card_of_conversion(name: str, base_model: Path, report: Mapping[str, Any], f
     Args:
         name: what to call it where no run does.
         report: of the conversion.
-        facts: of the run that made the weights, all optional: name, base_model, method (settings in words),
-            calibration (the summary of the calibration artefact).
+        facts: of the run that made the weights, all optional: name, base_model, method (settings in words).
     """
     base = str(facts.get("base_model") or model_name(base_model))
     method = facts.get("method") or {}
     about = [f"Weights of a training job that started from {plain_markdown(base)}, converted by trace_ds."]
     unknown = ["How these weights were trained, and on what, is not known here: ask who made them."]
     if method:
-        about, unknown = unlearned(plain_markdown(base), str(method.get("weight rule", ""))), []
-    weights = {"source": origin(report["source"]), "type": report["dtype"], "tensors": report["tensors"]}
-    weights["parameters"] = report["parameters"]
+        about, unknown = [f"{plain_markdown(base)} after machine unlearning with trace_ds. {PAPER}"], []
+    weights = {"source": origin(report["source"]), "type": report["dtype"], "parameters": report["parameters"]}
     sections = {
         "Method": table(method.items()) if method else [],
-        "Calibration": table(facts["calibration"].items()) if facts.get("calibration") else [],
         "Weights": [*table(weights.items()), "", "`conversion.json` lists every file of weights with its SHA-256."],
-        "Warnings": [f"- {plain_markdown(entry)}" for entry in report["warnings"]],
-        "Notes": [f"- {plain_markdown(entry)}" for entry in report["notes"]],
+        "Warnings": [f"- {plain_markdown(entry)}" for entry in (*report["warnings"], *report["notes"])],
         "Limits": [f"- {line}" for line in (*unknown, *LIMITS)],
     }
     return model_card(str(facts.get("name") or name), base, ["unlearning"] if method else [], about, sections)
-
-
-def unlearned(base: str, rule: str) -> list[str]:
-    """What was done to ``base``, in two sentences; a baseline is called a baseline."""
-    if rule.startswith("uniform"):
-        return [f"{base} after machine unlearning with trace_ds, with uniform retain weights (the baseline)."]
-    if rule.startswith("sources"):
-        return [f"{base} after machine unlearning with trace_ds, with retain weights by the sources of documents."]
-    return [
-        f"{base} after machine unlearning with trace_ds: the retain data re-weighted by expert activation "
-        "frequencies (TRACE, arXiv 2606.10338).",
-        "Only the abstract of that paper is public; the equations behind it are trace_ds's own decisions.",
-    ]

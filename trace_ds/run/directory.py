@@ -68,7 +68,7 @@ class RunDirectory:
     model = Place("model", marker=ours.MODEL)
     report = Place("report", marker=ours.ARTEFACT)
     statistics = Place("statistics", shared=True, makes="|".join(_SIDES))
-    checkpoints = Place("checkpoints", makes=rf"{_STEP.pattern}|latest|universal|zero_to_fp32\.py")
+    checkpoints = Place("checkpoints", makes=rf"{_STEP.pattern}|latest|universal")
     evaluation = Place("evaluation", makes=rf"{_STEP.pattern}|[A-Za-z0-9][A-Za-z0-9._-]*\.json")
     logs = Place("logs", makes=r"[a-z]+\.jsonl")
     tb = Place("tb")

@@ -125,7 +125,7 @@ def is_converted(config: Config, run: RunDirectory, checkpoint: Path) -> bool:
 
 
 def card_facts(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """The facts of the model card, from the configuration and, if it is there, the calibration artefact."""
+    """The facts of the model card, from the configuration."""
     from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name
     from trace_ds.conversion.card import model_name
 
@@ -149,12 +149,4 @@ def card_facts(config: Config, run: RunDirectory) -> dict[str, Any]:
         step, _ = newest_complete(checkpoints)
         base = Path(read_manifest(checkpoints / step_name(step)).model["path"]) if step is not None else folder
     method |= provenance(base, "base model")
-    facts: dict[str, Any] = {"name": config.name, "base_model": model_name(base), "method": method}
-    try:
-        summary = read_object(run.calibration / "artefact.json", "the calibration", "")["summary"]
-        facts["calibration"] = {
-            key.replace("_", " "): value for key, value in summary.items() if isinstance(value, (int, float, str))
-        }
-    except (UserError, KeyError, AttributeError):
-        pass  # converted without a calibration at hand: the card says nothing of it
-    return facts
+    return {"name": config.name, "base_model": model_name(base), "method": method}

@@ -115,16 +115,15 @@ class Training:
             log.done(", ".join([str(left.relative_to(self.run.path)), *losses]))
 
     def restore(self, world: World, engine: Any, chosen: Manifest | None, log: StageLog) -> Manifest:
-        """Where training begins (collective): at ``chosen``, or the newest older checkpoint that can be loaded into the
-        engine, whatever shape wrote it; at step 0 without one."""
-        loaded = None if chosen is None else self._loaded(world, engine, chosen, log)
-        step, trainer_state = (
-            (loaded.step, loaded.trainer_state) if loaded else (0, {"step": 0, "seed": self.config.seed})
-        )
+        """Where training begins (collective): at ``chosen``, whatever shape wrote it; at step 0 without one."""
+        step, trainer_state = 0, {"step": 0, "seed": self.config.seed}
+        if chosen is not None:
+            self._load(world, engine, chosen, log)
+            step, trainer_state = chosen.step, chosen.trainer_state
         log.drop_scalars_after(step)
         return self._manifest(world, step, trainer_state)
 
-    def _loaded(self, world: World, engine: Any, chosen: Manifest, log: StageLog) -> Manifest:
+    def _load(self, world: World, engine: Any, chosen: Manifest, log: StageLog) -> None:
         from trace_ds.checkpoints import commit, elastic
 
         ep, checkpoints = self.config.distributed.ep, self.run.checkpoints
@@ -139,16 +138,15 @@ class Training:
             )
             elastic.load_reshaped(engine, world, checkpoints, manifest, autoep=ep > 1, base_model=self.info.path)
 
-        loaded = commit.load_newest(world, checkpoints, chosen, load_one, log.line, self.section)
+        commit.load_on_all_ranks(world, checkpoints, chosen, load_one, self.section)
         shape = f"world size {world.size}, expert-parallel size {ep}"
-        same = (loaded.world, loaded.ep) == (world.size, ep)
-        log.line(f"resumed after step {loaded.step}" + ("" if same else f" on {shape}"))
+        same = (chosen.world, chosen.ep) == (world.size, ep)
+        log.line(f"resumed after step {chosen.step}" + ("" if same else f" on {shape}"))
         if world.device.type == "cuda" and not self.config.distributed.deterministic:
             log.line(
                 "from here on it equals the undisturbed job up to rounding; bit for bit only with "
                 "distributed.deterministic: true"
             )
-        return loaded
 
     def _manifest(self, world: World, step: int, trainer_state: dict[str, Any]) -> Manifest:
         import deepspeed

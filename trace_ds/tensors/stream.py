@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from trace_ds.tensors.runs import Run, TensorSource, merge_adjacent, pieces_of
 from trace_ds.tensors.torch_archive import COPY_CHECKPOINT, bytes_of
 
 BLOCK_NUMEL = 1 << 17  # read and cast, a block lies in the second-level cache of a core
-FLUSH_BYTES = 1 << 27
 BATCH_BYTES = 1 << 20
 _HASH_BLOCK_BYTES = 1 << 20
 FREE_SPACE = "free space there, or choose another destination"
@@ -130,9 +129,6 @@ class Streamer:
         self._lock = threading.Lock()
         self._buffers = threading.local()
         self._stopped = threading.Event()
-        self._flusher = ThreadPoolExecutor(1)
-        self._flushes: list[Future[None]] = []
-        self._unflushed_bytes = 0
 
     def run(self, tasks: Sequence[CopyTask], on_written: Callable[[Path, int], None]) -> list[str]:
         """Carry out the tasks; of each, in their order, :data:`NAN`, :data:`OVERFLOW` or "". The first error stops the
@@ -155,11 +151,8 @@ class Streamer:
                     for _, future in futures:
                         future.cancel()
                     raise
-            for flush in self._flushes:
-                flush.result()  # a failed write shows here, and only once
             return problems
         finally:
-            self._flusher.shutdown(cancel_futures=True)
             self._file.cache_clear()
 
     def _buffer(self, use: str, dtype: torch.dtype) -> torch.Tensor:
@@ -188,7 +181,7 @@ class Streamer:
                 data = bytes_of(cast)
                 write_all(out.descriptor, data, position)
                 position += len(data)
-                self._advance(len(data), task.path)
+                self._advance(len(data))
         return problem
 
     def _read(self, piece: list[Run], staging: torch.Tensor) -> torch.Tensor:
@@ -201,16 +194,9 @@ class Streamer:
             filled += run.numel
         return staging[:filled]
 
-    def _advance(self, nbytes: int, path: Path) -> None:
-        """Count the bytes. Every so often the file goes to the disk in the background, so that the final fsync, which
-        alone counts for safety, finds little left to do."""
+    def _advance(self, nbytes: int) -> None:
         with self._lock:
             self._done_bytes += nbytes
-            self._unflushed_bytes += nbytes
-            if self._unflushed_bytes >= FLUSH_BYTES:
-                self._unflushed_bytes = 0
-                out = self._file(path, os.O_RDWR | os.O_CREAT)
-                self._flushes.append(self._flusher.submit(lambda: os.fdatasync(out.descriptor)))
             if self._progress is not None:
                 self._progress(self._done_bytes, self._total_bytes)
 
