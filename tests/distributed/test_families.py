@@ -38,7 +38,6 @@ def test_unlearning_with_expert_parallelism_equals_the_reference(family: str, st
         f"unlearning.zero_stage={stage}",
         "distributed.ep=2",
         "unlearning.steps=2",
-        "distributed.autoep.gate_up_impl=fused",
     ]
     run_distributed(jobs.collect_job, 2, str(config), str(run), overrides)
     calibrate(load_config(str(config), [])[0], RunDirectory.at(run))

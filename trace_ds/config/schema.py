@@ -45,10 +45,6 @@ class DistributedConfig(Section):
         description="Expert-parallel size; divides the experts and the world size. auto: the largest that does, and is "
         "not larger than a node.",
     )
-    autoep: dict[str, Any] = Field(
-        default_factory=dict,
-        description="AutoEP's own options (DeepSpeed's section expert_parallel), such as {gate_up_impl: fused}.",
-    )
     threads: Integer = Field(
         1, ge=1, le=1024, description="CPU threads of each process (fixed: results depend on it bitwise)."
     )
@@ -102,10 +98,6 @@ class Config(Section):
             raise ValueError(f"unlearning.forget_loss {loss} needs statistics.nll: true (the frozen model's losses)")
         if loss == "dpo" and not self.data.alternative:
             raise ValueError("unlearning.forget_loss dpo needs data.alternative: the texts to prefer")
-        if self.distributed.autoep.get("comm_backend") == "deepep" and self.model.dtype != "bf16":
-            raise ValueError(
-                f"distributed.autoep.comm_backend deepep carries bf16, and model.dtype is {self.model.dtype}"
-            )
         if self.calibration.rule == "literal" and self.unlearning.apply != "loss":
             raise ValueError("calibration.rule: literal gives weights of tokens: it needs unlearning.apply: loss")
         self._check_finetune()

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,7 +86,6 @@ class Sharding:
 
     ep: int = 1
     zero_stage: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict, compare=False)  # ``distributed.autoep``
 
     @property
     def whole(self) -> bool:
@@ -411,8 +410,8 @@ def _load_engine(
     from trace_ds.unlearning.trainer import training_engine
 
     info = world.run_on_main_and_broadcast(lambda: inspect_model(path))
-    check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep", sharding.options)
-    shape: dict[str, Any] = {"dtype": settings.dtype, "ep": sharding.ep, "options": sharding.options}
+    check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep")
+    shape: dict[str, Any] = {"dtype": settings.dtype, "ep": sharding.ep}
     if trained is None:
         return inference_engine(info, world, **shape, zero_stage=sharding.zero_stage)
     engine = training_engine(trained, info, world, 1, **shape)

@@ -1,4 +1,4 @@
-"""Names and options of DeepSpeed's AutoEP (0.19.8), known in this module only (on disk: trace_ds/tensors/).
+"""Names of DeepSpeed's AutoEP (0.19.8), known in this module only (on disk: trace_ds/tensors/).
 
 ``deepspeed.initialize`` replaces every MoE layer of a known family. The layer that results has a router whose gate is a
 linear layer of its own, and of the fused expert tensors the rows of this rank's experts, gate and up apart.
@@ -7,17 +7,11 @@ linear layer of its own, and of the fused expert tensors the rows of this rank's
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import importlib.util
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-
-from trace_ds.errors import UserError
-from trace_ds.parallel.environment import accelerator_count
-from trace_ds.parallel.world import quiet_deepspeed
 
 AUTOEP_LAYER = "AutoEPMoELayer"
 AUTOEP_ROUTER = "TokenChoiceTopKRouter"
@@ -25,8 +19,6 @@ AUTOEP_ROUTER = "TokenChoiceTopKRouter"
 SOURCES = ((".experts.w1", ".experts.gate_up_proj"), (".experts.w3", ".experts.gate_up_proj"),
            (".experts.w2", ".experts.down_proj"), (".router.gate.", ".gate."),
            (".shared_experts.", ".shared_expert."), (".shared_experts_gate.", ".shared_expert_gate."))  # fmt: skip
-# Options that run on GPUs alone.
-OF_GPUS = (("comm_backend", "deepep"), ("combine_impl", "fused_weighted_sum"), ("async_split_plan", True))
 
 
 class Fp32Linear(nn.Linear):
@@ -37,39 +29,9 @@ class Fp32Linear(nn.Linear):
         return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
-def settings(ep: int, preset: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The section of a DeepSpeed configuration that shards experts over ``ep`` ranks; none where ``ep`` is 1.
-
-    ``options``: ``distributed.autoep``, in AutoEP's own words.
-    """
-    section = {"enabled": True, "autoep_size": ep, "preset_model": preset, **options}
-    return {"expert_parallel": section} if ep > 1 else {}
-
-
-def check_options(options: Mapping[str, Any], ep: int, world_size: int) -> None:
-    """Check AutoEP's options before the model is loaded.
-
-    Raises:
-        UserError: they do not go together, or need a GPU or a package that is not there.
-    """
-    quiet_deepspeed()
-    from deepspeed.module_inject.auto_ep_config import AutoEPConfig, parse_autoep_config, validate_autoep_config
-
-    where = "distributed.autoep"
-    names = {field.name for field in dataclasses.fields(AutoEPConfig)} - {"enabled", "autoep_size", "preset_model"}
-    if unknown := sorted(options.keys() - names):
-        raise UserError(f"AutoEP has no option {unknown[0]} beside distributed.ep", where, "take it out")
-    section = settings(ep, None, options)["expert_parallel"]
-    try:
-        validate_autoep_config(parse_autoep_config(section), world_size, pp_size=1, tp_size=1, sp_size=1)
-    except ValueError as error:
-        raise UserError(f"AutoEP refuses this ({error})", where, "change or leave out what it names") from None
-    if options.get("comm_backend") == "deepep" and importlib.util.find_spec("deep_ep") is None:
-        problem = "comm_backend deepep needs the package deep_ep (DeepEP 2, NCCL 2.30.4 or newer)"
-        raise UserError(problem, where, "install it, or leave comm_backend out")
-    for key, value in OF_GPUS:
-        if options.get(key) == value and not accelerator_count():
-            raise UserError(f"{key} {value} needs a GPU, and there is none", where, f"leave {key} out")
+def settings(ep: int, preset: str | None) -> dict[str, Any]:
+    """The section of a DeepSpeed configuration that shards experts over ``ep`` ranks; none where ``ep`` is 1."""
+    return {"expert_parallel": {"enabled": True, "autoep_size": ep, "preset_model": preset}} if ep > 1 else {}
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +28,8 @@ LARGE_BYTES, LARGEST_BYTES = 1 << 20, 1 << 25  # the second: the largest M_MMAP_
 NEVER = 2**31 - 1
 
 
-def base_ds_config(
-    *, ep: int, info: ModelInfo, zero_stage: int, options: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The DeepSpeed configuration every job starts from (no optimizer); ``options``: ``distributed.autoep``."""
+def base_ds_config(*, ep: int, info: ModelInfo, zero_stage: int) -> dict[str, Any]:
+    """The DeepSpeed configuration every job starts from (no optimizer)."""
     ds_config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": zero_stage},
@@ -40,7 +38,7 @@ def base_ds_config(
     }
     if zero_stage == 3:
         ds_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
-    return ds_config | autoep.settings(ep, info.family.autoep_preset, options or {})
+    return ds_config | autoep.settings(ep, info.family.autoep_preset)
 
 
 @contextlib.contextmanager
@@ -181,17 +179,16 @@ def inference_engine(
     *,
     dtype: str,
     ep: int,
-    options: Mapping[str, Any] | None = None,
     zero_stage: int = 0,
     parts: ModelParts | None = None,
 ) -> Any:
-    """A forward-only DeepSpeed engine; ``options`` is ``distributed.autoep``.
+    """A forward-only DeepSpeed engine.
 
     Experts are sharded over ``ep`` ranks by AutoEP; at ``zero_stage`` 3 (which families without expert parallelism
     always have when there is more than one process) every rank keeps a part of each weight.
     """
     stage = 3 if info.family.autoep_preset is None and world.size > 1 else zero_stage
-    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage, options=options)
+    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
     parts = replace(parts or ModelParts(), expert_kernel=expert_kernel(info, world.device))

@@ -124,13 +124,11 @@ def check_expert_parallel(
     ep: int,
     world_size: int,
     key: str = "distributed.ep",
-    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Check that the family supports expert parallelism and that ``ep`` divides the experts and the world size.
 
     Args:
         key: configuration key to name in errors.
-        options: ``distributed.autoep``, where the job will run on this machine.
     """
     if ep > 1 and info.family.autoep_preset is None:
         problem = f"the model family {info.family.model_type!r} has no expert parallelism"
@@ -142,10 +140,6 @@ def check_expert_parallel(
     if world_size % ep:
         fix = f"use a divisor of {world_size}, or start a multiple of {ep} processes (--nproc)"
         raise UserError(f"expert-parallel size {ep} does not divide the world size {world_size}", key, fix)
-    if ep > 1 and options:
-        from trace_ds.models.autoep import check_options
-
-        check_options(options, ep, world_size)
 
 
 def require_plain_logits(info: ModelInfo, key_in_config: str) -> None:

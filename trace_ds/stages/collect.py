@@ -161,7 +161,6 @@ def _engine(job: CollectJob, world: World, log: StageLog) -> Any:
         world,
         dtype=config.model.dtype,
         ep=ep,
-        options=config.distributed.autoep,
         parts=ModelParts(head=nll, last_output=nll),
     )
     if why := find_attention_problem(engine.module):

@@ -113,8 +113,8 @@ def preflight(config: Config, run: RunDirectory, processes: int, *, download: bo
     from trace_ds.corpora.sources import files_here
     from trace_ds.evaluation.harness import require_data
 
-    info, options = inspect_model(config.model.path), config.distributed.autoep
-    check_expert_parallel(info, config.evaluation.ep, processes, "evaluation.ep", options)
+    info = inspect_model(config.model.path)
+    check_expert_parallel(info, config.evaluation.ep, processes, "evaluation.ep")
     if run.parent is not None:
         return  # the tasks and models are those of the run, which were looked at there
     check_vocabulary(config)
@@ -233,9 +233,7 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
     if scored:
         log.detail(f"already there: {', '.join(sorted(scored))}")
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, evaluation.batch_rows)
-    autoep = config.distributed.autoep  # DeepEP's buffers are as large as the batches of collect and unlearn
-    options = {} if autoep.get("comm_backend") == "deepep" else autoep
-    sharding = Sharding(evaluation.ep, evaluation.zero_stage, options)
+    sharding = Sharding(evaluation.ep, evaluation.zero_stage)
     path = config.model.tokenizer_path
     tokenizer = load_tokenizer(path) if world is None else world.run_on_main_first(lambda: load_tokenizer(path))
     attacks = Attacks(evaluation, config.data.context_length, config.seed, job.place, job.tasks, job.data)

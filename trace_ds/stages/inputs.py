@@ -70,7 +70,7 @@ class Inputs:
 def checked_model(config: Config, world_size: int) -> ModelInfo:
     """The model of the configuration, of a shape that so many processes can run."""
     info = inspect_model(config.model.path)
-    check_expert_parallel(info, config.distributed.ep, world_size, options=config.distributed.autoep)
+    check_expert_parallel(info, config.distributed.ep, world_size)
     return info
 
 

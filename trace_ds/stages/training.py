@@ -33,9 +33,8 @@ OPERATIONAL = {
 
 
 def model_settings(config: Config) -> dict[str, Any]:
-    """Keyword arguments shared by the trained and the frozen model's engine: dtype, expert-parallel size, options."""
-    distributed = config.distributed
-    return {"dtype": config.model.dtype, "ep": distributed.ep, "options": distributed.autoep}
+    """Keyword arguments shared by the trained and the frozen model's engine: dtype, expert-parallel size."""
+    return {"dtype": config.model.dtype, "ep": config.distributed.ep}
 
 
 def ds_config_of(settings: TrainingConfig) -> dict[str, Any] | None:

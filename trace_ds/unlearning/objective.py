@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,7 +171,6 @@ def make_forget_retain(
     *,
     dtype: str,
     ep: int,
-    options: Mapping[str, Any] | None = None,
     seed: int,
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[ForgetRetain, dict[str, Any]]:
@@ -181,7 +180,7 @@ def make_forget_retain(
 
     Args:
         anchored: the MoE layer and the experts that SEUF anchors the router on.
-        dtype, ep, options, seed: ``model.dtype``, ``distributed.ep``, ``distributed.autoep`` and ``seed`` of the job.
+        dtype, ep, seed: ``model.dtype``, ``distributed.ep`` and ``seed`` of the job.
         log: receives warnings.
     """
     needs = FrozenNeeds.of(settings, info.decoder_layers)
@@ -189,7 +188,7 @@ def make_forget_retain(
     frozen = None
     if needs.stays or measured:
         parts = ModelParts(needs.layers, needs.logits)
-        engine = reference_engine(settings, info, world, parts, dtype, ep, options)
+        engine = reference_engine(settings, info, world, parts, dtype, ep)
         if measured:
             assert needs.layer is not None
             norms = measure(engine, needs.layer, world, batches)
@@ -230,7 +229,6 @@ def reference_engine(
     parts: ModelParts,
     dtype: str,
     ep: int,
-    options: Mapping[str, Any] | None,
 ) -> Any:
     """A frozen copy of some parts of the model, sharded over the ranks (no optimizer).
 
@@ -238,7 +236,7 @@ def reference_engine(
     or on disk if the job's parameters are offloaded there. With AutoEP and a lower stage only the experts are sharded.
     """
     stage = 3 if settings.zero_stage == 3 or (ep == 1 and world.size > 1) else 0
-    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage, options=options)
+    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
         ds_config = merge_ds_config(ds_config, parameter_offload(user_ds_config(settings.ds_config)))

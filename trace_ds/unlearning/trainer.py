@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -248,7 +248,6 @@ def training_engine(
     *,
     dtype: str,
     ep: int,
-    options: Mapping[str, Any] | None = None,
     layers: int | None = None,
 ) -> Any:
     """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1.
@@ -256,11 +255,10 @@ def training_engine(
     Args:
         trained: None: all that is loaded.
         dtype: ``model.dtype``.
-        options: ``distributed.autoep``.
         layers: load only the first so many decoder layers, without norm and LM head; None: the whole model.
     """
     optimizer = settings.optimizer
-    ds_config = base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage, options=options)
+    ds_config = base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage)
     ds_config |= {
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.gradient_clipping,
