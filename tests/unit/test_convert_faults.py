@@ -31,7 +31,6 @@ from trace_ds.tensors.opening import open_source
 from trace_ds.tensors.torch_archive import read_archive
 
 CASE = Case("mixtral", 3, 2)
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 MODEL = "zero_pp_rank_1_mp_rank_00_model_states.pt"
 OPTIMIZER = "optimizer_state_dict"
@@ -351,20 +350,6 @@ def test_no_space_left(source: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk (the same path in the code, and it needs no mount)."""
     with limit(resource.RLIMIT_FSIZE, 4096):
         refused(source, tmp_path / "model", "cannot hold the result")
-
-
-def test_the_tool_needs_no_deepspeed_no_gpu_and_no_compiler(source: Path, tmp_path: Path) -> None:
-    """Of the package's dependencies torch, transformers and safetensors are enough (None: as if not installed)."""
-    manifest(source)
-    absent = "deepspeed triton accelerate datasets pyarrow scipy mpi4py psutil pydantic typer tensorboard jinja2"
-    guard = f"import sys; sys.modules.update(dict.fromkeys('{absent}'.split()))\n"
-    (tmp_path / "sitecustomize.py").write_text(guard)
-    environment = {"PATH": "/nonexistent", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
-    for status, words in ((0, "verified"), (2, "not empty")):
-        command = [sys.executable, TOOL, source, tmp_path / "model", "--verify", "--jobs", "2"]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
-        assert result.returncode == status and words in result.stdout + result.stderr, result
-        assert "Traceback" not in result.stderr and (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_like_a_model(source: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ Merging: sections are merged key by key, everything else (lists too) is replaced
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
@@ -139,12 +140,9 @@ def find_config(config: str, folder: Path = Path()) -> Path:
     Raises:
         UserError: there is none; the nearest names are given.
     """
-    try:
-        path = folder / expanded(config)
-    except ValueError:
-        path = Path(config)  # of no file
-    if _is_file(path):
-        return path
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        if (path := folder / expanded(config)).is_file():
+            return path
     files = recipes()
     if config in files:
         return files[config]
@@ -158,13 +156,6 @@ def is_config(config: str) -> bool:
     return config.endswith((".yaml", ".yml")) or config in recipes()
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
 def read_config_text(path: Path) -> str:
     """The text of a configuration file, one character longer than :func:`parse_yaml` accepts at most."""
     try:
@@ -175,12 +166,9 @@ def read_config_text(path: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    """How messages name a file: ``recipe NAME``, ``task NAME``, ``model NAME`` or its path."""
-    return (
-        {"run": "recipe", "model": "model", "task": "task"}[kind] + f" {path.stem}"
-        if (kind := _kind_of(path))
-        else str(path)
-    )
+    """A file as messages name it."""
+    kind = _kind_of(path)
+    return f"{'recipe' if kind == 'run' else kind} {path.stem}" if kind else str(path)
 
 
 def merge(under: Any, over: Any) -> Any:
@@ -218,9 +206,8 @@ class _Reading:
 
     def layers(self, paths: Sequence[Path], inside: tuple[Path, ...]) -> dict[str, Any]:
         """Files merged in their order, a task over a model."""
-        paths = _in_order(paths)
         merged: dict[str, Any] = {}
-        for path in paths:
+        for path in _in_order(paths):
             merged = merge(merged, self.read(path, inside))
         return merged
 
@@ -270,12 +257,7 @@ def compose(configs: Iterable[str]) -> Composed:
     paths = [find_config(config) for config in configs]
     reading = _Reading()
     raw = reading.layers(paths, ())
-    return Composed(
-        raw,
-        " + ".join(shown(path) for path in paths),
-        _folder(paths[-1]),
-        reading.fragments,
-    )
+    return Composed(raw, " + ".join(map(shown, paths)), _folder(paths[-1]), reading.fragments)
 
 
 def require_whole(composed: Composed, raw: dict[str, Any]) -> None:
