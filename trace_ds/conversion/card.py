@@ -34,7 +34,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-PAPER = (
+_METHOD = (
     "Re-weighting retain data by expert activation frequencies is TRACE (arXiv 2606.10338), of which only the abstract "
     "is public: the equations are trace_ds's own decisions. Uniform weights are the baseline."
 )
@@ -131,7 +131,7 @@ def card_of_conversion(name: str, base_model: Path, report: Mapping[str, Any], f
     about = [f"Weights of a training job that started from {plain_markdown(base)}, converted by trace_ds."]
     unknown = ["How these weights were trained, and on what, is not known here: ask who made them."]
     if method:
-        about, unknown = [f"{plain_markdown(base)} after machine unlearning with trace_ds. {PAPER}"], []
+        about, unknown = [f"{plain_markdown(base)} after machine unlearning with trace_ds. {_METHOD}"], []
     weights = {"source": origin(report["source"]), "type": report["dtype"], "parameters": report["parameters"]}
     sections = {
         "Method": table(method.items()) if method else [],
