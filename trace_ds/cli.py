@@ -67,11 +67,15 @@ RunDirOption = Annotated[
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override: dotted.key=value.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what would run.")]
-NprocOption = Annotated[int | None, typer.Option("--nproc", min=1, help="Local processes (without a launcher).")]
+NprocOption = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Number of local processes, without a launcher.")
+]
 EpOption = Annotated[int | None, typer.Option("--ep", min=1, help="Expert-parallel size.")]
-VariantOption = Annotated[str | None, typer.Option("--variant", help="One of the config's variants instead.")]
+VariantOption = Annotated[
+    str | None, typer.Option("--variant", help="Work on this variant of the config instead of the run.")
+]
 VariantsOption = Annotated[
-    str, typer.Option("--variants", metavar="all|NAME,…", help="Variants of the config to run too; default: none.")
+    str, typer.Option("--variants", metavar="all|NAME,…", help="Also run these variants of the config; default: none.")
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", callback=_set_verbose, help="Print full logs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -206,7 +210,7 @@ def run(
     dry_run: DryRunOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run all stages; skips what is done and continues after a kill."""
+    """Run all stages: skips finished ones and resumes an interrupted one."""
     from trace_ds.stages.pipeline import Request, run_verb
 
     sizes = [f"distributed.{key}={value}" for key, value in (("nproc", nproc), ("ep", ep)) if value is not None]
@@ -227,7 +231,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     verbose: VerboseOption = False,
 ) -> None:
-    """The whole method on real text, on this machine, in minutes."""
+    """Run the whole method on real text, on this machine, in minutes."""
     from trace_ds.demo.run import demo as run_demo
 
     raise typer.Exit(run_demo(run_dir, list(set_ or []), seed))
@@ -268,17 +272,21 @@ def convert(
     ],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    tag: Annotated[str | None, typer.Option(help="Step below SOURCE; default: the one that `latest` names.")] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="Checkpoint tag in SOURCE; default: the one that `latest` names.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32 or same (default).")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest file; default 5GB.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads; default 1.")] = None,
-    base_model: Annotated[Path | None, typer.Option(help="For config and tokenizer.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read everything again and compare.")] = False,
+    base_model: Annotated[Path | None, typer.Option(help="Model directory with config.json and tokenizer.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also compare checksums of SOURCE and read the result back.")
+    ] = False,
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Checkpoint → Hugging Face model directory (one process, no GPU): of a run, or SOURCE → DESTINATION."""
+    """Convert a checkpoint of a run, or SOURCE to DESTINATION, to a Hugging Face model (one process, no GPU)."""
     from trace_ds.config.compose import is_config
 
     of_run = {"--run-dir": run_dir, "--set": set_, "--variant": variant}
@@ -315,7 +323,7 @@ def report(
     dry_run: DryRunOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run directory → one HTML page, CSVs, a model card."""
+    """Write a run's report: one HTML page, CSV files and a model card."""
     from trace_ds.stages.pipeline import report_command
 
     if not Path(configs[0]).is_dir():
@@ -336,8 +344,10 @@ def submit(
     config: ConfigArgument,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and processes, of each node.")] = 8,
-    chain: Annotated[bool, typer.Option("--chain", help="One job per stage, each waiting for the one before.")] = False,
-    study: Annotated[bool, typer.Option("--study", help="What bench runs: a job for each seed.")] = False,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="One job per stage, each dependent on the one before.")
+    ] = False,
+    study: Annotated[bool, typer.Option("--study", help="Submit the runs of `bench`, one job for each seed.")] = False,
     array: Annotated[str | None, typer.Option(help="Seeds, as for sbatch --array: 0-4.")] = None,
     sbatch: Annotated[str, typer.Option(help="More options for sbatch: '--partition=gpu --time=4:00:00'.")] = "",
     gpu_memory: Annotated[float, typer.Option(min=1.0, help="GB of one GPU.")] = 80.0,
@@ -347,7 +357,7 @@ def submit(
     variants: VariantsOption = "",
     dry_run: DryRunOption = False,
 ) -> None:
-    """The whole run (or study) as SLURM jobs: check it, write the scripts into the run directory, submit them."""
+    """Check a run (or study), write its job scripts into the run directory and submit them to SLURM."""
     from trace_ds.cluster.submit import Cluster, submit_run
     from trace_ds.stages.pipeline import Request
 
@@ -370,7 +380,7 @@ def doctor(
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Preflight of machine, launchers, storage, model and data: OK, WARN or MISS, each with its fix."""
+    """Check machine, launchers, storage, model and data before a run: OK, WARN or MISS, each with its fix."""
     from trace_ds.cluster.doctor import doctor as run_doctor
     from trace_ds.stages.pipeline import Request
 
@@ -395,7 +405,7 @@ def plan(
     variants: VariantsOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Memory, time and communication of a config on a cluster, without loading weights; of a MODEL alone, too."""
+    """Estimate memory, time and communication of a config (or a MODEL alone) on a cluster; loads no weights."""
     from trace_ds.cluster.job import ClusterSpec
     from trace_ds.cluster.plan_view import plan_command
     from trace_ds.config.compose import recipe_names
@@ -446,7 +456,7 @@ def bench(
 
 @app.command()
 def recipes(show: Annotated[str | None, typer.Option(help="Print this recipe.")] = None) -> None:
-    """List what comes with the package: whole runs, and tasks and models that make one; --show NAME prints one."""
+    """List the recipes of the package: whole runs, and tasks and models to combine; --show NAME prints one."""
     import textwrap
 
     from trace_ds.config.compose import find_config, read_config_text, recipe_names, recipes

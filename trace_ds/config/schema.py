@@ -38,7 +38,7 @@ class ModelConfig(Section):
 
 class DistributedConfig(Section):
     nproc: Integer | None = Field(
-        None, ge=1, description="Local processes when started bare; default: accelerators or 1."
+        None, ge=1, description="Local processes when started without a launcher; default: one per GPU, else 1."
     )
     ep: ExpertParallelSize = Field(
         1,

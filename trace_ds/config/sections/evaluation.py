@@ -105,19 +105,21 @@ class EvaluationConfig(Section):
         "directories, or names on the hub.",
     )
     batch_rows: Integer = Field(64, ge=1)
-    nproc: Integer = Field(1, ge=1, description="Local processes when started bare; they share out the batches.")
+    nproc: Integer = Field(
+        1, ge=1, description="Local processes when started without a launcher; they share the batches."
+    )
     ep: ExpertParallelSize = Field(
         1,
-        description="So many processes share the experts of a model; 1: each holds them all; auto: as distributed.ep.",
+        description="Expert-parallel size: processes that share a model's experts; 1: none; auto: as distributed.ep.",
     )
     zero_stage: Literal[0, 3] = Field(
-        0, description="3: a process holds a part of every weight, 0: of the experts only, or (ep 1) a whole model."
+        0, description="3: every weight is partitioned over the processes; 0: the experts alone are (ep 1: nothing is)."
     )
     relearning: RelearningConfig | None = Field(
-        None, description="Attack the unlearned (and the retrained) model so; the weights need their gradients too."
+        None, description="Run this attack on the unlearned (and the retrained) model; needs memory for gradients too."
     )
     expert_forcing: bool = Field(
-        False, description="Attack them by sending forget queries through other experts than the router's."
+        False, description="Also attack them by sending forget questions through other experts than the router chooses."
     )
     drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
     max_new_tokens: Integer = Field(128, ge=1, description="verbatim, tofu: tokens generated.")

@@ -27,7 +27,7 @@ class TrainingConfig(Section):
     """What every training job has, whatever it trains for."""
 
     micro_batch_rows: Integer | None = Field(
-        None, ge=1, description="Rows (of unlearning: forget rows, and retain rows) per process and forward."
+        None, ge=1, description="Rows per process and forward pass (in unlearning: of each side)."
     )
     zero_stage: Literal[1, 2, 3] = 3
     ds_config: PathText | None = Field(None, description="DeepSpeed JSON file whose keys are added (see ds_configs/).")

@@ -1,4 +1,4 @@
-"""``unlearning``: losses, what is trained, how retain weights act, and what is looked at on the way."""
+"""``unlearning``: losses, trained parameters, how retain weights act, and scores while training."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class SEUFConfig(Section):
 class GRIPConfig(Section):
     """Baseline GRIP: every update of a router is projected, so that it keeps to what retain tokens selected."""
 
-    tokens: Integer = Field(1024, ge=1, description="Retain inputs of each layer's router that it looks at.")
-    steps: Integer = Field(8, ge=1, description="Steps whose retain rows are looked at, before training.")
+    tokens: Integer = Field(1024, ge=1, description="Retain tokens whose router inputs constrain each layer's update.")
+    steps: Integer = Field(8, ge=1, description="Steps whose retain rows these tokens are taken from, before training.")
 
 
 BOUND = re.compile(r"(\S+(?: \S+)?) (<=|>=) ([-+]?[0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)")
@@ -97,7 +97,7 @@ class EvaluateConfig(Section):
 
     every: Integer | None = Field(None, ge=1, description="Steps between evaluations; default: none.")
     rows: Integer = Field(
-        32, ge=0, description="Rows of each corpus, evenly spaced, whose NLL and routing are looked at; 0: none."
+        32, ge=0, description="Rows of each corpus, evenly spaced, whose NLL and routing are scored; 0: none."
     )
     tasks: list[str] = Field(
         default_factory=list,
