@@ -161,7 +161,7 @@ def _refuse_ranks(verb: str) -> None:
     rank, size = rank_and_size()
     if size > 1 and rank == 0:
         raise UserError(
-            f"{verb} is one process, and a launcher started {size}",
+            f"{verb} runs as one process, and the launcher started {size}",
             "the launcher",
             f"start `trace-ds {verb}` by itself: it starts the processes it needs (or launch {', '.join(LAUNCHED)})",
         )

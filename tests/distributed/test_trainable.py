@@ -149,7 +149,7 @@ def test_wrong_choices_are_refused_before_a_weight_is_loaded(
         ("unlearning.trainable=[all, -attn]", "'attn' matches no parameter"),
         ("unlearning.trainable=['*.layers.2.*']", "no parameter is left to train .the losses end at layer 1"),
         ("unlearning.seuf={layer: 2}", "layer 2 is no MoE layer that the losses reach"),  # RMU ends at layer 1
-        ("unlearning.seuf={experts: 9}", "9 experts of 4"),
+        ("unlearning.seuf={experts: 9}", "9 experts, and a layer has 4"),
     ):
         loaded, path = load_config(str(config), [change], run)
         with pytest.raises(UserError, match=message):

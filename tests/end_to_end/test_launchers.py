@@ -85,7 +85,7 @@ def test_all_launchers_give_the_same_bytes(prepared: Path, server: Server) -> No
 
 def test_verbs_of_one_process_refuse_to_be_ranks(server: Server, tmp_path: Path) -> None:
     """Rank 0 says it in one line, all ranks end with status 2, and nothing is written."""
-    for rank, expected in (("0", "run is one process, and a launcher started 2"), ("1", "")):
+    for rank, expected in (("0", "run runs as one process, and the launcher started 2"), ("1", "")):
         launcher = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": "2"}
         result = server.run(["run", "demo", "--run-dir", "made"], tmp_path, launcher)
         assert result.returncode == 2 and expected in result.stderr, result.stderr

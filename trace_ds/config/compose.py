@@ -191,7 +191,7 @@ class _Reading:
         resolved = path.resolve()
         if resolved in inside or self.files > MAX_FILES:
             circle = " → ".join(shown(each) for each in (*inside, resolved)) if resolved in inside else "too many files"
-            raise UserError(f"extends leads around in a circle ({circle})", shown(path), "take one extends out")
+            raise UserError(f"extends refers back to itself ({circle})", shown(path), "take one extends out")
         if (kind := _kind_of(path)) in ("model", "task"):
             first = self.fragments.setdefault(kind, path.stem)
             if first != path.stem:

@@ -84,7 +84,7 @@ def inspect(path: Path, *, verify: bool = False) -> Inspection:
         UserError: nothing is there, or it is nothing we know.
     """
     if not path.exists():
-        raise UserError("there is nothing here", str(path), f"give the path of {SUPPORTED}")
+        raise UserError("no such file or directory", str(path), f"give the path of {SUPPORTED}")
     if path.name in (artefact.FILE_NAME, MANIFEST, CONFIG_NAME) and path.is_file():
         path = path.parent
     kind, place, read = _recognise(path)
@@ -111,7 +111,7 @@ def _recognise(path: Path) -> tuple[str, Path, Callable[[Path, bool], Inspection
         path = locate(path, None)
     except UserError:
         refuse_other_kinds(path)
-        raise UserError("this is nothing trace_ds makes or reads", str(path), f"give the path of {SUPPORTED}") from None
+        raise UserError("trace_ds does not recognise this path", str(path), f"give the path of {SUPPORTED}") from None
     if (path / MANIFEST).is_file():
         return "checkpoint", path, _checkpoint
     return ("model", path, _model) if (path / CONFIG_NAME).is_file() else ("deepspeed", path, _deepspeed)

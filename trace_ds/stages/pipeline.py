@@ -323,7 +323,7 @@ def _checked_job(world: World, check: Callable[[], Job]) -> Job:
     def require_visible() -> None:
         for path in job.directories:
             if not path.is_dir():
-                raise UserError("the directory is not there", str(path), "mount it on every node")
+                raise UserError("this node does not see the directory", str(path), "mount it on every node")
 
     world.check_on_all_ranks(require_visible)
     return job

@@ -52,7 +52,7 @@ def open_deepspeed(directory: Path) -> Checkpoint:
         if match := RANK_FILE.match(name):
             if int(match[2]):
                 problem = "tensor- or pipeline-parallel checkpoints are not supported"
-                raise UserError(problem, str(directory / name), "use ep")
+                raise UserError(problem, str(directory / name), "train with ZeRO and expert parallelism")
             if int(match[1]) in ranked[match[3]]:
                 raise damaged(f"rank {match[1]} has two files: files of different jobs are mixed", directory / name)
             ranked[match[3]][int(match[1])] = name

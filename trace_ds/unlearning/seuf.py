@@ -61,7 +61,7 @@ def choose_seuf_experts(
         problem = f"layer {settings.layer} is no MoE layer that the losses reach"
         raise UserError(problem, "unlearning.seuf.layer", "choose another")
     if settings.experts > affinity_LE.shape[1]:
-        problem = f"{settings.experts} experts of {affinity_LE.shape[1]}"
+        problem = f"{settings.experts} experts, and a layer has {affinity_LE.shape[1]}"
         raise UserError(problem, "unlearning.seuf.experts", "ask for fewer")
     layer = max(usable, key=lambda number: (affinity_LE[number].max(), -number))
     order = np.argsort(-affinity_LE[layer], kind="stable")[: settings.experts]
