@@ -143,7 +143,7 @@ def test_fetched_once_a_whole_run_needs_no_network(place: Place, tmp_path: Path)
     )
     shutil.rmtree(place.home, ignore_errors=True)
     run = tmp_path / "run"
-    fetched = place.server.run(["fetch", config, "--run-dir", run], tmp_path, time_s=120)
+    fetched = place.server.run(["fetch", config, "--run-dir", run], tmp_path, **JOB)
     assert fetched.returncode == 0, fetched
     names = ("org/instruct", "org/gold@v1", "wmdp_cyber", place.commits["org/gold"][:12], "HF_HUB_OFFLINE=1")
     assert all(name in fetched.stdout for name in names), fetched.stdout
@@ -311,6 +311,38 @@ def test_data_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, data:
     place.hub.add("datasets", "org/shut", place.models / "texts", gated=True, readers=("friend",))
     config = written(tmp_path, str(place.models / "model"), data__forget=[data])
     assert summary in refuse(place.server, tmp_path, "fetch", config, "--run-dir", tmp_path / "run")
+
+
+def test_permissions_are_asked_for_before_anything_large_comes(place: Place, tmp_path: Path) -> None:
+    """Of gated data sets first; then sizes are shown, and data come before models."""
+    place.hub.add("models", "org/large", place.models / "model")
+    place.hub.add("models", "org/closed", place.models / "model", gated=True, readers=("friend",))
+    data = place.hub.add("datasets", "org/locked", place.models / "chats", gated=True, readers=("friend",))
+    config = written(
+        tmp_path,
+        "org/large",
+        data__forget=[{"dataset": "org/locked", "template": "{messages}"}],
+        evaluation__models={"gated": "org/closed"},
+    )
+    fetch = ["fetch", config, "--run-dir", tmp_path / "run"]
+    before = len(place.hub.requests)
+    assert "org/locked: the data set is gated" in refuse(place.server, tmp_path, *fetch)
+    place.hub.repositories["datasets", "org/locked"].gated = False
+    assert "org/closed is gated" in refuse(place.server, tmp_path, *fetch, variables={"HF_TOKEN": "stranger"})
+    large = (".safetensors", ".parquet", ".jsonl")
+    assert not any(each.startswith("GET") and each.endswith(large) for each in place.hub.requests[before:])
+    done = place.server.run(fetch, tmp_path, {"HF_TOKEN": "friend"}, **JOB)
+    assert done.returncode == 0, done
+    size = (place.models / "model" / "model.safetensors").stat().st_size
+    assert f"[fetch] model.path: {size / 1000:.1f} kB to download\n" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[fetch]")]
+    assert [line.endswith(" in all") for line in lines].index(True) == 3 and lines[-1].startswith("[fetch] 100% of ")
+    came = [each for each in place.hub.requests[before:] if each.startswith("GET") and each.endswith(large)]
+    kinds = [Path(each).suffix for each in came]
+    assert kinds == sorted(kinds) and {".parquet", ".safetensors"} == set(kinds), kinds
+    assert json.loads((tmp_path / "run" / "fetched.json").read_text())["data"] == {"org/locked": {"commit": data}}
+    again = place.server.run(fetch, tmp_path, {"HF_TOKEN": "friend"}, **JOB)
+    assert "[fetch] model.path: nothing to download" in again.stdout and "[fetch] 0 B in all" in again.stdout
 
 
 def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:

@@ -153,7 +153,33 @@ def _open_directory(named: Named, key: str) -> _Table:
         return _Table(data, str(place), _name(place.name, named, split), split, files, config=named.config)
 
 
-def _open_hub(named: Named, key: str, offline: bool) -> _Table:
+def missing_data_bytes(named: Named, key: str, *, any_split: bool = False) -> int:
+    """How much the cache lacks of a data set on the hub, in bytes of its files there; only its page is downloaded.
+
+    ``any_split``: whoever reads it names the split.
+
+    Raises:
+        UserError: as :func:`open_table`, where this user may not read the files too.
+    """
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    commit, cached = _locate(named, key, offline=False)
+    if cached is not None:
+        return 0
+    name = named.dataset_id
+    with _downloading(named):
+        lists = _hub_builder(named, str(commit), key).config.data_files or {}
+        if not any_split:
+            _split(named, list(lists), key)
+        paths = sorted({str(file).partition(f"@{commit}/")[2] for files in lists.values() for file in files} - {""})
+        for path in paths[:1]:  # a page is public, the files of a gated data set are not
+            get_hf_file_metadata(hf_hub_url(name, path, repo_type="dataset", revision=commit))
+        infos = HfApi().get_paths_info(name, paths, repo_type="dataset", revision=commit) if paths else []
+    return sum(getattr(info, "size", 0) for info in infos)
+
+
+def _locate(named: Named, key: str, offline: bool) -> tuple[str | None, Any]:
+    """(commit of a data set on the hub, its builder in the cache or None: it can be downloaded)."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -164,15 +190,21 @@ def _open_hub(named: Named, key: str, offline: bool) -> _Table:
         problem = "there is no such directory, and it is no id of the hub"
         raise UserError(problem, name, f"correct dataset in {key}") from None
     pinned = named.revision if named.revision and _COMMIT.fullmatch(named.revision) else None
-    cached = _cached(named, pinned) if pinned else None
-    if cached is None:
-        offline = offline or _is_offline()
-        commit, trouble = (None, "") if offline else _commit_on_hub(name, named.revision)
-        commit = commit or pinned or _commit_when_fetched(name, named.revision)
-        cached = _cached(named, commit)
-        if cached is None and (commit is None or trouble or offline):
-            raise _absent(named, trouble)
-        cached = cached or _download(named, str(commit), key)
+    if pinned and (cached := _cached(named, pinned)) is not None:
+        return pinned, cached
+    offline = offline or _is_offline()
+    commit, trouble = (None, "") if offline else _commit_on_hub(name, named.revision)
+    commit = commit or pinned or _commit_when_fetched(name, named.revision)
+    cached = _cached(named, commit)
+    if cached is None and (commit is None or trouble or offline):
+        raise _absent(named, trouble)
+    return commit, cached
+
+
+def _open_hub(named: Named, key: str, offline: bool) -> _Table:
+    name = named.dataset_id
+    commit, cached = _locate(named, key, offline)
+    cached = cached or _download(named, str(commit), key)
     with _reading(name):
         split = _split(named, list(cached.info.splits or ()), key)
         data = cached.as_dataset(split=split)
@@ -279,27 +311,40 @@ def _cached(named: Named, commit: str | None) -> Any:
 
 
 def _download(named: Named, commit: str, key: str) -> Any:
-    import datasets
+    with _downloading(named):
+        builder = _hub_builder(named, commit, key)
+        _split(named, list(builder.config.data_files or ()), key)
+        builder.download_and_prepare()
+    return builder
+
+
+def _hub_builder(named: Named, commit: str, key: str) -> Any:
+    """The library's reader of a data set on the hub, whose page comes into the cache."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with contextlib.suppress(EntryNotFoundError):  # not every data set has a page
+        hf_hub_download(named.dataset_id, README, repo_type="dataset", revision=named.revision)
+    return _builder(named, named.dataset_id, commit, key)
+
+
+@contextlib.contextmanager
+def _downloading(named: Named) -> Iterator[None]:
+    """What the hub refuses becomes a :class:`UserError`."""
+    import datasets
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
-    name = named.dataset_id
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         disable_progress_bars()
-    with _reading(name):
+    with _reading(named.dataset_id):
         try:
-            with contextlib.suppress(EntryNotFoundError):  # not every data set has a page
-                hf_hub_download(name, README, repo_type="dataset", revision=named.revision)
-            builder = _builder(named, name, commit, key)
-            _split(named, list(builder.config.data_files or ()), key)
-            builder.download_and_prepare()
+            yield
         except GatedRepoError:
-            raise _gated(name) from None
+            raise _gated(named.dataset_id) from None
         except (ConnectionError, LocalEntryNotFoundError) as error:
             raise _absent(named, f"the hub cannot be reached ({type(error).__name__})") from None
-    return builder
 
 
 def _builder(named: Named, place: str, commit: str | None, key: str) -> Any:

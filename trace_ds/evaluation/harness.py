@@ -374,20 +374,25 @@ def _harness_model(model: LanguageModel) -> Any:
     return SharedLM(described, backend="causal", tokenizer=model.tokenizer, batch_size=model.settings.batch_rows)
 
 
+def hub_data_of(config: TaskConfig) -> list[tuple[str, str, str | None]]:
+    """(task, data set on the hub, its configuration) of each task that a name stands for."""
+    task = str(config.task)
+    with _task_code(config):
+        index = _task_manager(task, config.include_path).task_index
+        leaves = _leaf_tasks([task], index)
+    keys = ((leaf, getattr(index.get(leaf), "cfg", None) or {}) for leaf in leaves)
+    named = ((leaf, str(cfg.get("dataset_path")), cfg.get("dataset_name")) for leaf, cfg in keys)
+    return [each for each in named if "/" in each[1] and not Path(each[1]).is_dir()]
+
+
 def require_data(config: TaskConfig, *, download: bool) -> None:
     """Check that the data of a task are in the cache, and that a task of the user's own runs: download missing data, or
     (without ``download``) refuse."""
     from trace_ds.corpora.sources import in_cache
 
-    task, where = str(config.task), f"evaluation.tasks.{config.name}"
-    with _task_code(config):
-        index = _task_manager(task, config.include_path).task_index
-        leaves = _leaf_tasks([task], index)
-    for leaf in leaves:
-        of_leaf = getattr(index.get(leaf), "cfg", None) or {}
-        data, name = of_leaf.get("dataset_path"), of_leaf.get("dataset_name")
-        on_hub = isinstance(data, str) and "/" in data and not Path(data).is_dir()
-        if on_hub and not in_cache(str(data), name):
+    where = f"evaluation.tasks.{config.name}"
+    for leaf, data, name in hub_data_of(config):
+        if not in_cache(data, name):
             if not download:
                 problem = f"{data} ({name}), which lm-eval's {leaf} needs, is not in the cache"
                 raise UserError(problem, where, "where there is a network, `trace-ds fetch CONFIG` brings it")

@@ -10,7 +10,10 @@ the commit that was fetched for a run. A model that has moved since is refused b
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ CONFIG = "config.json"
 SMALL = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]  # configuration, index, tokenizer
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ASK_TIMEOUT_S = 20
+DOWNLOADS = 8  # files at a time
 
 
 def cached_model(name: HubName, expected: str | None = None) -> Path | None:
@@ -77,6 +81,42 @@ def download_model(name: HubName, key: str, *, weights: bool = True, expected: s
     if (folder / INDEX).is_file() or commit is None:
         raise _refusal(LocalEntryNotFoundError("files are missing"), name, key, trouble)
     raise UserError(f"{name} has no safetensors weights (pickles are never read)", key, "choose another")
+
+
+def missing_weights(name: HubName, key: str, folder: Path) -> dict[str, int]:
+    """The files with weights that the folder of ``name`` in the cache lacks, and their bytes.
+
+    Raises:
+        UserError: the hub does not say, or has no safetensors.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    files = [file for file in _weight_files(folder) if not (folder / file).is_file()]
+    if not files:
+        return {}
+    try:
+        infos = HfApi().get_paths_info(name.id, files, revision=folder.name)
+    except (HTTPError, ConnectionError) as error:
+        raise _refusal(error, name, key, "") from None
+    sizes = {info.path: getattr(info, "size", 0) for info in infos}
+    if not sizes:
+        raise UserError(f"{name} has no safetensors weights (pickles are never read)", key, "choose another")
+    return sizes
+
+
+def download_weights(name: HubName, commit: str, files: dict[str, int], advance: Callable[[int], None]) -> None:
+    """Download files of a model, several at a time; ``advance`` gets the bytes of each that has come.
+
+    What fails is left to :func:`download_model`, which says why.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with ThreadPoolExecutor(DOWNLOADS) as pool, contextlib.suppress(Exception):
+        coming = {pool.submit(hf_hub_download, name.id, file, revision=commit): size for file, size in files.items()}
+        for future in as_completed(coming):
+            future.result()
+            advance(coming[future])
 
 
 def is_whole(folder: Path) -> bool:

@@ -15,7 +15,7 @@ module and nowhere else. Data sets are read by their names (:mod:`trace_ds.corpo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def fetch(config: Config, run: RunDirectory, *, dry_run: bool = False) -> int:
     with locked(run):
         run.clear_leftovers()
         record: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
-        resources = list(_download(config))
+        resources = _download(config, _missing(config))
         for resource in resources:
             record[resource.kind].setdefault(resource.name, resource.entry)
         if record != read_record(run):
@@ -78,21 +78,87 @@ def fetch(config: Config, run: RunDirectory, *, dry_run: bool = False) -> int:
     return 0
 
 
-def _download(config: Config) -> Iterator[Resource]:
+def _missing(config: Config) -> dict[str, int]:
+    """How many bytes are to come, by the key that names them; all permissions are asked for and nothing large comes.
+
+    Raises:
+        UserError: something does not exist, or is not for this user.
+    """
+    from trace_ds.corpora.sources import missing_data_bytes
+    from trace_ds.evaluation.harness import check_task, hub_data_of
+    from trace_ds.hub.models import download_model, missing_weights
+
+    missing: dict[str, int] = {}
+    for key, entry in _hub_data(config, "fetch").items():
+        missing[key] = missing_data_bytes(entry, key)
+    for key, task in _hub_tasks(config, "fetch").items():
+        check_task(task)
+        entries = {(data, name): CorpusEntry(dataset=data, config=name) for _, data, name in hub_data_of(task)}
+        missing[key] = sum(missing_data_bytes(each, key, any_split=True) for each in entries.values())
+    for key, name in hub_names(config, "fetch").items():
+        folder = download_model(name, key, weights=False)
+        missing[key] = sum(missing_weights(name, key, folder).values()) if _needs_weights(key, "fetch") else 0
+    for key, size in missing.items():
+        print(f"[fetch] {key}: {_size(size) + ' to download' if size else 'nothing to download'}", flush=True)
+    print(f"[fetch] {_size(sum(missing.values()))} in all", flush=True)
+    return missing
+
+
+def _download(config: Config, missing: dict[str, int]) -> list[Resource]:
+    """Data first, then models, the largest last; one progress over all of it."""
     from trace_ds.corpora.sources import open_table
     from trace_ds.evaluation.harness import fetch_task
-    from trace_ds.hub.models import download_model, downloaded_bytes
+    from trace_ds.hub.models import download_model, download_weights, downloaded_bytes, missing_weights
 
-    for key, name in hub_names(config, "fetch").items():
-        print(f"[fetch] {key}: {name}", flush=True)
-        folder = download_model(name, key, weights=_needs_weights(key, "fetch"))
-        yield Resource("models", key, str(name), {"commit": folder.name, "bytes": downloaded_bytes(folder)}, folder)
-    for key, entry in _hub_data(config, "fetch").items():
-        print(f"[fetch] {key}: {_data_name(entry)}", flush=True)
-        yield Resource("data", key, _data_name(entry), {"commit": open_table(entry, key).commit}, _data_cache())
-    for key, task in _hub_tasks(config, "fetch").items():
-        print(f"[fetch] {key}: the data of lm-eval's {task.task}", flush=True)
-        yield Resource("tasks", key, str(task.task), {"commits": fetch_task(task)}, _data_cache())
+    resources = []
+    with _progress(sum(missing.values())) as advance:
+        for key, entry in _hub_data(config, "fetch").items():
+            commit = open_table(entry, key).commit
+            resources.append(Resource("data", key, _data_name(entry), {"commit": commit}, _data_cache()))
+            advance(missing[key])
+        for key, task in _hub_tasks(config, "fetch").items():
+            commits = fetch_task(task)
+            resources.append(Resource("tasks", key, str(task.task), {"commits": commits}, _data_cache()))
+            advance(missing[key])
+        names = hub_names(config, "fetch")
+        for key, name in sorted(names.items(), key=lambda item: missing[item[0]]):
+            weights = _needs_weights(key, "fetch")
+            if missing[key]:
+                folder = download_model(name, key, weights=False)
+                download_weights(name, folder.name, missing_weights(name, key, folder), advance)
+            folder = download_model(name, key, weights=weights)
+            commit_and_size = {"commit": folder.name, "bytes": downloaded_bytes(folder)}
+            resources.append(Resource("models", key, str(name), commit_and_size, folder))
+    return resources
+
+
+@contextlib.contextmanager
+def _progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar over everything on a terminal, elsewhere a line for each tenth."""
+    from huggingface_hub.utils import disable_progress_bars
+    from tqdm import tqdm
+
+    disable_progress_bars()  # one of each file
+    done_bytes = 0
+    with tqdm(total=total_bytes, desc="fetch", unit="B", unit_scale=True, disable=None) as bar:
+
+        def advance(size: int) -> None:
+            nonlocal done_bytes
+            tenths = 10 * done_bytes // max(total_bytes, 1)
+            done_bytes += size
+            bar.update(size)
+            if bar.disable and 10 * done_bytes // max(total_bytes, 1) > tenths:
+                print(f"[fetch] {done_bytes / total_bytes:.0%} of {_size(total_bytes)}", flush=True)
+
+        yield advance
+
+
+def _size(size: float) -> str:
+    """Bytes for people, decimal."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 def cached_resources(config: Config, run: RunDirectory | None) -> Iterator[Resource]:
@@ -136,7 +202,7 @@ def _show(resources: list[Resource]) -> None:
         return
     for item in resources:
         commits = [item.entry["commit"]] if "commit" in item.entry else [*item.entry.get("commits", {}).values()]
-        size = f"{item.entry['bytes'] / 1e9:.2f} GB" if "bytes" in item.entry else ""
+        size = _size(item.entry["bytes"]) if "bytes" in item.entry else ""
         commit = ", ".join(commit[:12] for commit in commits)
         print(f"{item.key}: {'  '.join(filter(None, (item.name, commit, size, str(item.place or 'not here'))))}")
     if all(item.place for item in resources):
@@ -210,8 +276,12 @@ def find_models(config: Config, run: RunDirectory | None, verb: str, *, download
     names = hub_names(config, verb)
     if not names:
         return {}
+    from trace_ds.corpora.sources import missing_data_bytes
     from trace_ds.hub.models import cached_model, download_model
 
+    if download:  # a gated data set is refused before a terabyte of weights comes
+        for key, entry in _hub_data(config, verb).items():
+            missing_data_bytes(entry, key)
     record = read_record(run)["models"]
     places: dict[str, str] = {}
     for key, name in names.items():
