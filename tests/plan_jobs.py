@@ -103,7 +103,7 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     import torch
 
     from trace_ds.unlearning.needs import layers_held
-    from trace_ds.unlearning.objective import Multiplier, Unlearning, make_forget_retain
+    from trace_ds.unlearning.objective import Unlearning, make_forget_retain
     from trace_ds.unlearning.trainer import run_step, training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)
@@ -122,7 +122,7 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
         ep=loaded.distributed.ep,
         seed=loaded.seed,
     )
-    target = Unlearning(loaded.unlearning, objective, Multiplier.of(loaded.unlearning, {}))
+    target = Unlearning(loaded.unlearning, objective, {})
 
     def step(number: int, batch: OneBatch) -> None:
         run_step(engine, world, batch.step, target, loaded.unlearning, number)

@@ -194,7 +194,7 @@ def unlearn(
     from trace_ds.corpora.dataset import FlatArray
     from trace_ds.unlearning import trainable
     from trace_ds.unlearning.batches import Batches, CorpusBatches
-    from trace_ds.unlearning.objective import Multiplier, NextToken, Unlearning
+    from trace_ds.unlearning.objective import NextToken, Unlearning
     from trace_ds.unlearning.trainer import run_step
 
     settings = UnlearningConfig(**{"forget_rows": 4, "retain_rows": 4, "apply": "loss", **JOBS[job]})
@@ -219,7 +219,7 @@ def unlearn(
     trained = trainable.trained_by(model, settings, chosen, settings.last_layer(COMMON["num_hidden_layers"]))
     trainable.freeze(model, trained)
     objective = objective_of(settings, frozen, world.device)
-    objective: Any = Unlearning(settings, objective, Multiplier.of(settings, {}))
+    objective: Any = Unlearning(settings, objective, {})
     rows: Any = batches
     if job == "finetune":
         tuning = FinetuneConfig(models={"target": ["forget", "retain"]}, steps=4, batch_rows=4)
@@ -447,7 +447,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
     from trace_ds.corpora.dataset import FlatArray
     from trace_ds.models.attention import adopt
     from trace_ds.unlearning.batches import Batches
-    from trace_ds.unlearning.objective import Multiplier, Unlearning
+    from trace_ds.unlearning.objective import Unlearning
     from trace_ds.unlearning.trainer import run_step
 
     if zero3:
@@ -481,7 +481,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
         trained = engine()
         adopt(trained.module)
         objective = objective_of(settings, trained.module, device)
-        objective = Unlearning(settings, objective, Multiplier.of(settings, {}))
+        objective = Unlearning(settings, objective, {})
 
         def step(number: int) -> None:
             run_step(trained, world, batches.at(number, 0, 1), objective, settings, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from objective_reference import FORMULAS, token_values
 
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.unlearning import losses
-from trace_ds.unlearning.objective import Multiplier
+from trace_ds.unlearning.forget_retain import ForgetRetain
+from trace_ds.unlearning.objective import Unlearning
 
 COUNTED = torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
 
@@ -110,13 +112,14 @@ def test_dpo_prefers_the_alternative() -> None:
 
 
 def test_the_multiplier_rises_above_the_bound_only_and_resumes() -> None:
-    settings = UnlearningConfig(forget_loss="pdu", alpha=2.0)
-    weight = Multiplier.of(settings, {})
+    settings, nothing = UnlearningConfig(forget_loss="pdu", alpha=2.0), cast(ForgetRetain, None)
+    state: dict[str, float] = {}
     path = []
     for retain in (1.0, 2.05, 0.05, 0.05, 0.05, 0.05, 0.05):
-        weight = weight.after(retain)
-        path.append(weight.alpha)
-        assert Multiplier.of(settings, weight.state()) == weight
+        objective = Unlearning(settings, nothing, state)  # as after a checkpoint of the step before
+        assert objective.update_state({"retain": retain}) == {"alpha": path[-1] if path else 2.0}
+        path.append(objective.factors["retain"])
+        state = objective.state()
     assert np.allclose(path[:3], [2 - 0.05, 2.95, 1.95]) and path[-1] == 0.0
-    constant = Multiplier.of(UnlearningConfig(alpha=3.0), {})
-    assert constant.after(100.0) == constant and constant.state() == {}
+    constant = Unlearning(UnlearningConfig(alpha=3.0), nothing, {})
+    assert constant.update_state({"retain": 100.0}) == {} == constant.state() and constant.factors["retain"] == 3.0

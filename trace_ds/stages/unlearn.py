@@ -111,7 +111,7 @@ class UnlearnJob:
             # the checkpoint of a job that held the whole model goes on so
             job = self if chosen is None else replace(self, layers=chosen.layers)
             batches = world.run_on_main_first(lambda: make_unlearn_batches(job))
-            engine, routers = make_engine(job, world, batches, log)
+            engine, routers = make_engine(job, world, batches)
             start = job.training.restore(world, engine, chosen, log)
             objective, trainer_state = make_objective(
                 job, world, engine, batches, start.trainer_state, routers, log.line
@@ -287,9 +287,7 @@ def _log_job(job: UnlearnJob, world: World, log: StageLog) -> None:
         log.detail(f"the losses end at layer {last}, but the job holds the whole model: {reason}")
 
 
-def make_engine(
-    job: UnlearnJob, world: World, batches: Batches, log: StageLog | None = None
-) -> tuple[Any, Projection | None]:
+def make_engine(job: UnlearnJob, world: World, batches: Batches) -> tuple[Any, Projection | None]:
     """The training engine with the base model's weights, and GRIP's projection of its routers, where configured."""
     from trace_ds.models.routers import meta_model
     from trace_ds.unlearning.grip import Projection
@@ -305,8 +303,7 @@ def make_engine(
     if settings.grip is None:
         return engine, None
     # before anything is restored: it needs the frozen routers
-    log_line = log.detail if log is not None else lambda line: None
-    return engine, Projection(engine, batches, world, settings.grip, config.seed, log_line)
+    return engine, Projection(engine, batches, world, settings.grip, config.seed)
 
 
 def make_objective(
@@ -319,7 +316,7 @@ def make_objective(
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[Unlearning, dict[str, Any]]:
     """The objective, where a checkpoint's ``trainer_state`` left it, and that state with the job's constants."""
-    from trace_ds.unlearning.objective import Multiplier, Unlearning, make_forget_retain
+    from trace_ds.unlearning.objective import Unlearning, make_forget_retain
 
     settings = job.config.unlearning
     shape = {**model_settings(job.config), "seed": job.config.seed}
@@ -328,7 +325,7 @@ def make_objective(
     )
     if routers is not None:
         routers.begin(engine)
-    return Unlearning(settings, forget_retain, Multiplier.of(settings, trainer_state), routers), trainer_state
+    return Unlearning(settings, forget_retain, trainer_state, routers), trainer_state
 
 
 def make_unlearn_batches(job: UnlearnJob) -> Batches:

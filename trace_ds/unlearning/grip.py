@@ -83,10 +83,6 @@ class LayerConstraints:
             (kept_ET * squares_T).cumsum(1),
         )
 
-    @property
-    def held_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.inputs_TD, *self.bases, self.limits_ET, self.chances_ET))
-
     def project(self, update_ED: torch.Tensor, uniform_EI: torch.Tensor) -> torch.Tensor:
         """The update that is made instead, float64 [E, D].
 
@@ -119,20 +115,9 @@ class Projection:
     """Keeps the updates of all routers to their constraints (collective, all of it).
 
     It is made while the engine holds the frozen weights.
-
-    Args:
-        log: receives how many bytes this rank holds.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        batches: Batches,
-        world: World,
-        settings: GRIPConfig,
-        seed: int,
-        log: Callable[[str], None] = lambda line: None,
-    ) -> None:
+    def __init__(self, engine: Any, batches: Batches, world: World, settings: GRIPConfig, seed: int) -> None:
         self._world, self._seed = world, seed
         logits_of = [_logits(router) for router in find_routers(engine.module)]
         of_a_pass = -(-settings.tokens // (settings.steps * batches.micro_batches_per_step(1)))
@@ -147,13 +132,6 @@ class Projection:
         for layer in list(parts):
             inputs_TD, experts_TK = (torch.cat(each)[: settings.tokens] for each in zip(*parts.pop(layer), strict=True))
             self._layers[layer] = LayerConstraints.of(inputs_TD, logits_of[layer](inputs_TD), experts_TK)
-        held_bytes = sum(layer.held_bytes for layer in self._layers.values())
-        bases = [basis for layer in self._layers.values() for basis in layer.bases]
-        fixed = sum(basis.shape[0] == basis.shape[1] for basis in bases)
-        log(
-            f"GRIP holds {held_bytes:,} bytes of router inputs here; for {fixed} of its {len(bases)} router rows "
-            "what selected them spans everything, so that only margins can move them; fewer grip.tokens change both"
-        )
 
     def begin(self, engine: Any) -> None:
         """Remember the routers' weights before the first step of this process."""

@@ -30,31 +30,23 @@ class HiddenNorms:
 
     Attributes:
         mean, median: over the forget tokens. sinks: offsets in a document. longest: the largest norm of a sink.
-        elsewhere: share of the counted tokens that are as long as a sink at other offsets.
     """
 
     mean: float
     median: float
     sinks: tuple[int, ...]
     longest: float
-    elsewhere: float
 
-    def warnings(self, layer: int, left_out: bool) -> list[str]:
-        lines = []
-        if self.sinks:
-            treatment = (
-                "left out of hidden-state losses" if left_out else "kept in hidden-state losses (rmu.sinks: keep)"
-            )
-            lines.append(
-                f"attention sinks: the tokens at offset {', '.join(map(str, self.sinks))} of a document have hidden "
-                f"norms up to {self.longest:,.0f} at layer {layer}, against a median of {self.median:,.1f}: {treatment}"
-            )
-        if self.elsewhere > 1e-3:
-            lines.append(
-                f"{self.elsewhere:.2%} of the tokens elsewhere in documents have hidden norms above {SINK_NORM:g} "
-                f"medians at layer {layer}: they weigh heavily in hidden-state losses; another rmu.layer may have none"
-            )
-        return lines
+    def warning(self, layer: int, left_out: bool) -> str:
+        """One line about the sinks; empty without any."""
+        if not self.sinks:
+            return ""
+        offsets = ", ".join(map(str, self.sinks))
+        treatment = "left out of hidden-state losses" if left_out else "kept in hidden-state losses (rmu.sinks: keep)"
+        return (
+            f"attention sinks: the tokens at offset {offsets} of a document have hidden norms up "
+            f"to {self.longest:,.0f} at layer {layer}, against a median of {self.median:,.1f}: {treatment}"
+        )
 
 
 def measure(reference: Any, layer: int, world: World, batches: Batches) -> HiddenNorms:
@@ -82,10 +74,8 @@ def measure(reference: Any, layer: int, world: World, batches: Batches) -> Hidde
         np.array([[float((mask & (offset_N == p)).sum()) for p in range(OFFSETS)] for mask in (long_N, offset_N >= 0)])
     )
     sinks = tuple(int(p) for p in range(OFFSETS) if counts[0, p] > 0 and counts[0, p] >= counts[1, p] / 2)
-    at_sink_N = np.isin(offset_N, sinks)
-    others, seen = world.sum_float64(np.array([(long_N & ~at_sink_N).sum(), len(norm_N)], np.float64))
-    longest = max(world.gather(float(norm_N[at_sink_N].max(initial=0.0))))
-    return HiddenNorms(float(totals[0] / totals[1]), median, sinks, longest, float(others / seen))
+    longest = max(world.gather(float(norm_N[np.isin(offset_N, sinks)].max(initial=0.0))))
+    return HiddenNorms(float(totals[0] / totals[1]), median, sinks, longest)
 
 
 def _median(norm_N: np.ndarray, world: World) -> float:

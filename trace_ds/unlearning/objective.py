@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,58 +78,32 @@ def next_token_nll(engine: Any, batch: Batch, device: torch.device) -> torch.Ten
     return forward(engine, ids_BS, batch.position_ids_BS, requests=[request]).values[0]
 
 
-@dataclass(frozen=True)
-class Multiplier:
-    """The weight of the retain loss over the steps, α or PDU's, which a checkpoint keeps: ``alpha`` is the next step's.
-
-    Attributes:
-        pdu: whether it is PDU's; else α is constant.
-        bound: PDU's ε; None until the first step has shown the retain loss it derives from.
-    """
-
-    alpha: float
-    pdu: bool = False
-    bound: float | None = None
-
-    @classmethod
-    def of(cls, settings: UnlearningConfig, trainer_state: dict[str, Any]) -> Multiplier:
-        """As a checkpoint left it, or as configured."""
-        if settings.forget_loss != "pdu":
-            return cls(settings.alpha)
-        return cls(trainer_state.get("pdu_multiplier", settings.alpha), True, trainer_state.get("pdu_bound"))
-
-    def after(self, retain_loss: float) -> Multiplier:
-        """The weight of the next step, given this step's (global) retain loss."""
-        if not self.pdu:
-            return self
-        bound = self.bound if self.bound is not None else FIRST_STEP_FACTOR * retain_loss
-        return replace(self, alpha=dual_update(self.alpha, retain_loss, bound), bound=bound)
-
-    def state(self) -> dict[str, float]:
-        """What a checkpoint must hold to go on exactly."""
-        if self.bound is None:
-            return {}
-        return {"pdu_multiplier": self.alpha, "pdu_bound": self.bound}
-
-
-@dataclass
 class Unlearning(Objective):
     """γ·L_forget + α·L_retain, and SEUF's anchor where there is one.
 
-    Attributes:
-        multiplier: α of the next step.
+    Args:
+        trainer_state: of the checkpoint that the job goes on from: PDU's multiplier, which is α then, and its bound ε.
         routers: GRIP's projection, or None.
+
+    Attributes:
+        alpha: α of the next step.
     """
 
-    settings: UnlearningConfig
-    forget_retain: ForgetRetain
-    multiplier: Multiplier
-    routers: Projection | None = None
+    def __init__(
+        self,
+        settings: UnlearningConfig,
+        forget_retain: ForgetRetain,
+        trainer_state: Mapping[str, Any],
+        routers: Projection | None = None,
+    ) -> None:
+        self.settings, self.forget_retain, self.routers = settings, forget_retain, routers
+        self.alpha: float = trainer_state.get("pdu_multiplier", settings.alpha)
+        self._bound: float | None = trainer_state.get("pdu_bound")
 
     @property
     def factors(self) -> dict[str, float]:
         anchor = {"anchor": 1.0} if self.settings.seuf is not None else {}
-        return {"forget": self.settings.gamma, "retain": self.multiplier.alpha} | anchor
+        return {"forget": self.settings.gamma, "retain": self.alpha} | anchor
 
     def terms(self, engine: Any, step: Step, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
         batches = [batch.to(device) for batch in step.micro_batches]
@@ -149,16 +122,20 @@ class Unlearning(Objective):
         return terms
 
     def update_state(self, losses: dict[str, float]) -> dict[str, float]:
-        alpha = {"alpha": self.multiplier.alpha} if self.settings.forget_loss == "pdu" else {}
-        self.multiplier = self.multiplier.after(losses["retain"])
-        return alpha
+        if self.settings.forget_loss != "pdu":
+            return {}
+        used = self.alpha
+        if self._bound is None:
+            self._bound = FIRST_STEP_FACTOR * losses["retain"]
+        self.alpha = dual_update(used, losses["retain"], self._bound)
+        return {"alpha": used}
 
     def after_update(self, engine: Any, step: int) -> None:
         if self.routers is not None:
             self.routers.after_update(engine, step)
 
     def state(self) -> dict[str, Any]:
-        return self.multiplier.state()
+        return {} if self._bound is None else {"pdu_multiplier": self.alpha, "pdu_bound": self._bound}
 
 
 def make_forget_retain(
@@ -193,7 +170,7 @@ def make_forget_retain(
             assert needs.layer is not None
             norms = measure(engine, needs.layer, world, batches)
             left_out = settings.rmu.sinks == "leave_out"
-            for warning in norms.warnings(needs.layer, left_out):
+            if warning := norms.warning(needs.layer, left_out):
                 log(f"WARNING {warning}")
             unit = norms.mean if settings.rmu.scale == "mean_norm" else norms.median
             trainer_state = {
