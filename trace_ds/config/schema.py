@@ -21,6 +21,8 @@ from trace_ds.config.sections.unlearning import ROW_SCORES, UnlearningConfig
 
 
 class ModelConfig(Section):
+    """The model to unlearn from and its tokenizer."""
+
     path: PathText = Field(
         description="Hugging Face model directory (safetensors), or its name on the hub, ORG/NAME or ORG/NAME@REVISION "
         "(a directory that is there wins)."
@@ -37,6 +39,8 @@ class ModelConfig(Section):
 
 
 class DistributedConfig(Section):
+    """The processes of a job and how they share the experts."""
+
     nproc: Integer | None = Field(
         None, ge=1, description="Local processes when started without a launcher; default: one per GPU, else 1."
     )
@@ -57,6 +61,8 @@ class DistributedConfig(Section):
 
 
 class StatisticsConfig(Section):
+    """What `collect` records of the frozen model."""
+
     batch_rows: Integer = Field(8, ge=1, description="Rows per process and forward pass.")
     save_every: Integer = Field(200, ge=0, description="Batches between saved states of a collection (0: none).")
     trace: bool | None = Field(

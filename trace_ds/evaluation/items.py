@@ -164,6 +164,7 @@ def _texts(config: TaskConfig) -> list[Document]:
 
 
 def read_choice_items(config: TaskConfig, prompt_key: str = "prompt") -> list[ChoiceItem]:
+    """Items of lines with ``prompt_key``, ``choices`` and ``answer``, the index of the right choice."""
     items = []
     for entry in _records(config):
         prompt, where = _text(entry, prompt_key), entry.where
@@ -184,6 +185,7 @@ def read_choice_items(config: TaskConfig, prompt_key: str = "prompt") -> list[Ch
 
 
 def read_verbatim_items(config: TaskConfig) -> list[VerbatimItem]:
+    """Items of lines with ``prompt`` and ``continuation``."""
     return [
         VerbatimItem(_id(entry), _text(entry, "prompt"), _text(entry, "continuation"), entry.source)
         for entry in _records(config)
@@ -191,6 +193,7 @@ def read_verbatim_items(config: TaskConfig) -> list[VerbatimItem]:
 
 
 def read_question_items(config: TaskConfig) -> list[QuestionItem]:
+    """Items of lines with ``question`` and ``answer``, one text or a list of accepted ones."""
     items = []
     for entry in _records(config):
         question, answers = _text(entry, "question"), entry.values.get("answer")
@@ -202,6 +205,7 @@ def read_question_items(config: TaskConfig) -> list[QuestionItem]:
 
 
 def read_tofu_items(config: TaskConfig) -> list[TofuItem]:
+    """Items of lines with TOFU's own columns: question, answer, paraphrased_answer, perturbed_answer."""
     items = []
     for entry in _records(config):
         false = entry.values.get("perturbed_answer")

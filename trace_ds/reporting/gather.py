@@ -53,6 +53,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """The scores of one model, from ``evaluation/NAME.json`` or from a point of a job's curve; ``items`` by task."""
+
     model: str
     scores: list[Score]
     items: dict[str, list[dict[str, Any]]]
@@ -73,6 +75,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Calibration:
+    """A calibration artefact: per-expert arrays and its diagnosis."""
+
     arrays: dict[str, np.ndarray]  # names end in _LE
     diagnosis: dict[str, Any]
     content: str  # fingerprint: equal for arms that were calibrated alike
@@ -80,6 +84,8 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Arm:
+    """The run or one of its variants: how it was weighted, and its models, scored on the way and at the end."""
+
     label: str
     rule: str | None
     calibration: Calibration | None
@@ -100,6 +106,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class RunData:
+    """Everything a report shows of one run directory."""
+
     path: Path
     name: str
     title: str

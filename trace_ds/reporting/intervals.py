@@ -34,6 +34,8 @@ ITEM_VALUES: dict[str, Callable[[dict[str, Any]], Any]] = {  # of others the ite
 
 @dataclass(frozen=True)
 class Interval:
+    """A 95 % confidence interval."""
+
     low: float
     high: float
 

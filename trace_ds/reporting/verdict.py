@@ -48,6 +48,8 @@ HOW_SURE = (
 
 @dataclass(frozen=True)
 class Answer:
+    """A question about a run, its answer in one sentence, and notes on it."""
+
     question: str
     answer: str
     details: tuple[str, ...]

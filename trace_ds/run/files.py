@@ -199,6 +199,7 @@ def replacing_directory(path: Path, marker: str = ARTEFACT) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def removed_on_error(directory: Path) -> Iterator[None]:
+    """Delete ``directory`` where the block ends with an error, an interrupt too."""
     try:
         yield
     except BaseException:
@@ -232,6 +233,7 @@ def _remove(path: Path) -> None:
 
 
 def fsync_tree(path: Path) -> None:
+    """Bring all files below ``path`` and their directory entries to the disk."""
     for directory, _, names in os.walk(path):
         for name in names:
             with (Path(directory) / name).open("rb") as handle:

@@ -187,6 +187,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=start, **shown)
 
     def advance(self, count: int = 1, **shown: float) -> None:
+        """Count ``count`` more done, and show these numbers beside the progress."""
         self._done += count
         if not self._enabled:
             return

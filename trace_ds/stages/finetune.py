@@ -209,6 +209,7 @@ def check(config: Config, run: RunDirectory, world_size: int) -> FinetuneJobs:
 
 
 def make_finetune_batches(config: Config, sides: list[str] | tuple[str, ...], data: artefact.Artefact) -> CorpusBatches:
+    """The rows of a fine-tuning job over the corpora ``sides``."""
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.unlearning.batches import CorpusBatches
 

@@ -63,6 +63,7 @@ class Trial:
 
 
 def require_bench(config: Config, where: str) -> BenchConfig:
+    """The section ``bench``; :class:`UserError` for a recipe without one."""
     if config.bench is None:
         fix = "start from `trace-ds recipes --show bench_entangled`"
         raise UserError("the recipe has no bench section", where, fix)

@@ -54,6 +54,7 @@ class Study:
             request.check_places()
 
     def describe(self) -> str:
+        """One line on the size of the study, printed before its first run."""
         runs, settings = len(trials_of(self.bench)), self.config.unlearning
         return (
             f"[bench] {runs * len(self.bench.seeds)} runs of at most {settings.steps} steps, scored every "

@@ -172,6 +172,7 @@ def _score_text(scores: Mapping[str, float | None], name: str) -> str:
 
 
 def stopped(step: int, reasons: Sequence[str]) -> JobFailed:
+    """The error that ends a job at a guard or at a score that is not finite."""
     return JobFailed(
         f"stopped after step {step}: {'; '.join(reasons)}; the last checkpoint stands. "
         "Lower the learning rate, gamma or the number of steps, or raise alpha",

@@ -39,6 +39,7 @@ class FrozenNeeds:
 
     @classmethod
     def of(cls, settings: UnlearningConfig, decoder_layers: int) -> FrozenNeeds:
+        """Those of a job's losses."""
         rmu, retain = settings.forget_loss == "rmu", settings.retain_term
         adaptive = rmu and settings.rmu.scale == "adaptive"
         layer = None

@@ -17,6 +17,8 @@ Layer = Annotated[Integer, Field(ge=0)]
 
 
 class DetectionConfig(Section):
+    """How forget-critical experts are detected (calibration/detect.py)."""
+
     method: Literal["significance", "top_difference", "top_ratio"] = "significance"
     min_load: Number = Field(1.0, ge=0, description="significance: p_forget must be >= min_load * K / E.")
     min_ratio: Number = Field(1.25, gt=0, description="significance: rho, the ratio the forget side must exceed.")
@@ -29,6 +31,8 @@ class DetectionConfig(Section):
 
 
 class CalibrationConfig(Section):
+    """The weights of the retain text (calibration/rules.py)."""
+
     detection: DetectionConfig = DetectionConfig()
     experts: Literal["all", "selected"] = Field("all", description="Experts whose frequencies the weights match.")
     rule: Rule = "raking"

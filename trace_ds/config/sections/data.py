@@ -142,6 +142,8 @@ class CorpusEntry(PathOrDataset, Section):
 
 
 class DataConfig(Section):
+    """The corpora of a run and how they are packed into rows."""
+
     forget: list[CorpusEntry] = Field(min_length=1)
     retain: list[CorpusEntry] = Field(min_length=1)
     alternative: PathText | None = Field(

@@ -98,6 +98,8 @@ class RelearningConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """What `evaluate` scores: tasks, models, attacks and drift, and on how many processes."""
+
     tasks: list[TaskConfig] = Field(default_factory=list)
     models: dict[ModelName, PathText] = Field(
         default_factory=dict,

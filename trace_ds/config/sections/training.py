@@ -17,6 +17,8 @@ RESUME_TEXT = (
 
 
 class OptimizerConfig(Section):
+    """AdamW; its betas are :data:`BETAS`."""
+
     lr: Number = Field(1e-5, gt=0)
     eps: Number = Field(1e-8, gt=0)
     weight_decay: Number = Field(0.0, ge=0)

@@ -13,6 +13,8 @@ from trace_ds.config.sections.training import TrainingConfig
 
 
 class RMUConfig(Section):
+    """Losses of hidden states: RMU, and ``hidden_mse`` (unlearning/losses.py)."""
+
     layer: Integer | None = Field(
         None, ge=0, description="Decoder layer steered by rmu and held by hidden_mse; default: the middle."
     )
@@ -31,14 +33,20 @@ class RMUConfig(Section):
 
 
 class NPOConfig(Section):
+    """NPO's constant."""
+
     beta: Number = Field(0.1, gt=0, description="Inverse temperature; acts on sequence sums of NLL.")
 
 
 class SimNPOConfig(Section):
+    """SimNPO's constant."""
+
     beta: Number = Field(4.5, gt=0)
 
 
 class DPOConfig(Section):
+    """DPO's constant."""
+
     beta: Number = Field(0.1, gt=0, description="Inverse temperature; acts on sequence sums of NLL.")
 
 
@@ -132,6 +140,8 @@ class EvaluateConfig(Section):
 
 
 class UnlearningConfig(TrainingConfig):
+    """The unlearning job: losses, their weights, rows of a step, trained parameters."""
+
     forget_loss: Literal["rmu", "graddiff", "npo", "simnpo", "dpo", "wga", "satimp", "undial", "ceu", "pdu"] = Field(
         "rmu", description="See docs/objectives.md."
     )
