@@ -18,7 +18,7 @@ from typing import Any
 
 import command
 import pytest
-from forked import Server, serving
+from forked import JOB, Server, serving
 from hub_replicas import FAMILIES, READER, hub_id, publish, write_model
 from hub_server import Hub
 from hub_server import serving as serving_hub
@@ -95,7 +95,7 @@ def run_of(task: str, model: str, **changes: Any) -> list[str]:
 
 def from_fetch_to_report(place: Place, folder: Path, words: list[str]) -> Path:
     """The run directory (the default one) of a whole run; after ``fetch`` nothing is asked of the hub."""
-    fetched = place.server.run(["fetch", *words], folder, {"HF_TOKEN": READER}, time_s=300)
+    fetched = place.server.run(["fetch", *words], folder, {"HF_TOKEN": READER}, **JOB)
     assert fetched.returncode == 0, fetched
     requested = len(place.hub.requests)
     done = place.without.run(["run", *words, "--variants", "all"], folder, time_s=600, memory_bytes=8 << 30)

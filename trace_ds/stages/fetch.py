@@ -93,8 +93,13 @@ def _missing(config: Config) -> dict[str, int]:
         missing[key] = missing_data_bytes(entry, key)
     for key, task in _hub_tasks(config, "fetch").items():
         check_task(task)
-        entries = {(data, name): CorpusEntry(dataset=data, config=name) for _, data, name in hub_data_of(task)}
-        missing[key] = sum(missing_data_bytes(each, key, any_split=True) for each in entries.values())
+        configs: dict[str, set[str | None]] = {}
+        for _, data, of_data in hub_data_of(task):
+            configs.setdefault(data, set()).add(of_data)
+        missing[key] = 0
+        for data, several in configs.items():  # one of MMLU's 57, which are alike, says enough
+            one = CorpusEntry(dataset=data, config=min(several, key=str))
+            missing[key] += missing_data_bytes(one, key, any_split=True) * len(several)
     for key, name in hub_names(config, "fetch").items():
         folder = download_model(name, key, weights=False)
         missing[key] = sum(missing_weights(name, key, folder).values()) if _needs_weights(key, "fetch") else 0
