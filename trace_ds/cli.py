@@ -58,14 +58,28 @@ def _run_dir(text: str) -> Path:
     return run_path(str(text))
 
 
+def _complete_config(incomplete: str) -> list[str]:
+    from trace_ds.config.load import complete_config
+
+    return complete_config(incomplete)
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    from trace_ds.config.load import complete_key
+
+    return complete_key(incomplete)
+
+
 CONFIG_HELP = (
     "YAML files or names of recipes (`trace-ds recipes`), merged from left to right; a TASK and a MODEL make a run."
 )
-ConfigArgument = Annotated[list[str], typer.Argument(help=CONFIG_HELP)]
+ConfigArgument = Annotated[list[str], typer.Argument(help=CONFIG_HELP, autocompletion=_complete_config)]
 RunDirOption = Annotated[
     Path | None, typer.Option("--run-dir", parser=_run_dir, metavar="PATH", help="Run directory; default runs/NAME.")
 ]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override: dotted.key=value.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", autocompletion=_complete_key, help="Override: dotted.key=value.")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what would run.")]
 NprocOption = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Number of local processes, without a launcher.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -137,6 +138,7 @@ def test_ten_steps_sigkill_and_ten_more_are_bitwise_twenty(tmp_path: Path) -> No
     straight = calibrated_run(config, tmp_path / "straight")
     killed = copy_of(straight, tmp_path / "killed")
     overrides = ["distributed.ep=2", "unlearning.apply=loss", "unlearning.steps=20", "unlearning.save_every=5"]
+    overrides += ["unlearning.optimizer.schedule=cosine"]
     run_distributed(jobs.unlearn_job, 2, str(config), str(straight), overrides)
     # in step 17, with a pass before each of three saves; the last of them is still being written
     ends = end_of_ranks(jobs.unlearn_job_disturbed, 2, str(config), str(killed), overrides, "killed", 20, 15)
@@ -149,6 +151,15 @@ def test_ten_steps_sigkill_and_ten_more_are_bitwise_twenty(tmp_path: Path) -> No
     assert complete_steps(killed / "checkpoints") == ([10, 11], []) and not (killed / "stop").exists()
     run_distributed(jobs.unlearn_job, 2, str(config), str(killed), overrides)
     assert losses_of(killed) == losses_of(straight)
+    lines = [json.loads(line) for line in (killed / "logs" / "unlearn.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["lr"] for line in lines if line["event"] == "step"}
+    lr = load_config(str(config))[0].unlearning.optimizer.lr
+    cosine = {done: lr * (1 + math.cos(math.pi * (done - 1) / 20)) / 2 for done in range(1, 21)}
+    assert rates == pytest.approx(cosine, rel=1e-6)
+    for schedule, different in (("cosine", 2), ("constant", 1)):  # a job that decays has a length of its own
+        changes = [[*overrides, f"unlearning.optimizer.schedule={schedule}", f"unlearning.steps={n}"] for n in (20, 24)]
+        loaded = [load_config(str(config), change)[0] for change in changes]
+        assert len({check_unlearn(one, RunDirectory.at(killed), 2).identity for one in loaded}) == different
     manifests = [read_manifest(run / "checkpoints" / "step_000020") for run in (straight, killed)]
     assert manifests[0] == manifests[1]  # every file's hash: weights and optimizer states
 

@@ -1,7 +1,7 @@
 """Every task runs with every model from ``fetch`` to the report: the recipes, on replicas of what they name.
 
-The hub is ``hub_server`` on loopback, its content ``hub_replicas``; sizes are cut down. Five of the thirty pairs always
-run, each task and each family among them; ``make matrix`` runs the others, and compares with lm-eval's own command.
+The hub is ``hub_server`` on loopback, its content ``hub_replicas``; sizes are cut down. Six of the pairs always
+run, each benchmark and family among them; ``make matrix`` runs the others, and compares with lm-eval's own command.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ ALWAYS: dict[tuple[str, str], tuple[str, ...]] = {  # pair → the variants that
     ("muse_books", "qwen3_30b_a3b"): (),
     ("muse_news", "qwen1_5_moe_a2_7b"): (),
     ("tofu_forget10", "mixtral_8x7b_instruct"): ("simnpo",),
+    ("tofu_forget05", "qwen3_30b_a3b"): (),
 }
+AS_THEY_ARE = ("wmdp_cyber", "wmdp_bio", "muse_news_sust")  # tasks that make no model first
 OTHERS = [pair for pair in itertools.product(TASKS, FAMILIES) if pair not in ALWAYS]
 
 
@@ -89,7 +91,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 def run_of(task: str, model: str, **changes: Any) -> list[str]:
     """The words of the command line after the verb; ``changes`` are dotted keys (``__`` for dots)."""
     keys = SMALL | {"variants": {}} | {key.replace("__", "."): value for key, value in changes.items()}
-    keys |= {} if "wmdp" in task else {"finetune.epochs": None, "finetune.steps": 1, "finetune.batch_rows": 4}
+    keys |= {} if task in AS_THEY_ARE else {"finetune.epochs": None, "finetune.steps": 1, "finetune.batch_rows": 4}
     return [task, model, *(word for key, value in keys.items() for word in ("--set", f"{key}={json.dumps(value)}"))]
 
 
@@ -118,13 +120,13 @@ def check_report(
     assert all(place.commits[name] == commit for name, commit in commits.items())
     scores = json.loads((run / "report" / "scores.json").read_text())
     models = {score["model"] for score in scores}
-    assert models == {"original", "unlearned", *variants} | (set() if "wmdp" in task else {"retrained"})
+    assert models == {"original", "unlearned", *variants} | (set() if task in AS_THEY_ARE else {"retrained"})
     tasks = {each.name for each in load_config([task, model])[0].evaluation.tasks}
     assert {score["task"] for score in scores} >= tasks - {*without}
     result = {(score["model"], score["task"], score["metric"]): score["value"] for score in scores}
     if "wmdp" in task:
         assert all(0 <= result["unlearned", name, "acc"] <= 1 for name in {task, "mmlu"} - {*without})
-    if "muse" in task:
+    if "muse" in task and task not in AS_THEY_ARE:
         result_of = json.loads((run / "evaluation" / "unlearned.json").read_text())
         (note,) = (score["note"] for score in result_of["scores"] if score["metric"] == "priv_leak")
         assert note.startswith("AUC of the retrained model retrained")
@@ -132,7 +134,7 @@ def check_report(
         assert result["retrained", "tofu_forget", "forget_quality"] == 1
         assert 0 <= result["unlearned", "tofu_forget", "forget_quality"] <= 1
         assert 0 <= result["unlearned", "tofu_retain", "model_utility"] <= 1
-    if "wmdp" not in task:
+    if task not in AS_THEY_ARE:
         card = (run / "finetune" / "target" / "model" / "README.md").read_text()
         assert f"base_model: {json.dumps(hub_id(model))}" in card
     for card in (run / "model" / "README.md", run / "report" / "model_card.md"):

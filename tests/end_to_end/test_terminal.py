@@ -105,3 +105,14 @@ def test_completion_can_be_installed_and_completes(tmp_path: Path) -> None:
     assert "_TRACE_DS_COMPLETE=complete_bash" in (tmp_path / ".bash_completions" / "trace-ds.sh").read_text()
     requested = {"_TRACE_DS_COMPLETE": "complete_bash", "COMP_WORDS": "trace-ds co", "COMP_CWORD": "1"}
     assert run([program], variables=variables | requested).stdout.split() == ["collect", "convert"]
+    (tmp_path / "tofu_mine.yaml").touch()
+    for words, expected in (
+        ("trace-ds run tofu_", ["tofu_forget01", "tofu_forget05", "tofu_forget10", "tofu_mine.yaml"]),
+        ("trace-ds plan wmdp_bio qwen3_2", ["qwen3_235b_a22b"]),
+        ("trace-ds run demo --set finetune.s", ["finetune.steps="]),
+        ("trace-ds bench demo --set unlearning.optimizer.s", ["unlearning.optimizer.schedule="]),
+        ("trace-ds unlearn demo --set data.ret", ["data.retain="]),
+    ):
+        requested = {"_TRACE_DS_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        requested["COMP_CWORD"] = str(len(words.split()) - 1)
+        assert run([program], variables=variables | requested, cwd=tmp_path).stdout.split() == expected, words

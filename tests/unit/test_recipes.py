@@ -296,12 +296,15 @@ def test_slurm_names_the_run_as_the_command_does(tmp_path: Path) -> None:
 
 
 HEADLINES = {
-    "tofu_forget10": ["tofu_forget forget_quality", "tofu_retain model_utility"],
+    **{
+        f"tofu_forget{share}": ["tofu_forget forget_quality", "tofu_retain model_utility"]
+        for share in ("01", "05", "10")
+    },
     "wmdp_bio": ["wmdp_bio acc", "mmlu acc"],
     "wmdp_cyber": ["wmdp_cyber acc", "mmlu acc"],
     **{
         name: ["verbmem rouge_l", "knowmem rouge_l", "privleak priv_leak", "knowmem_retain rouge_l"]
-        for name in ("muse_books", "muse_news")
+        for name in ("muse_books", "muse_news", "muse_news_scal", "muse_news_sust")
     },
 }
 

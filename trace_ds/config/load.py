@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from trace_ds.config.compose import compose, dump_text, parse_yaml, require_whole, substitute
+from trace_ds.config.compose import compose, dump_text, parse_yaml, recipes, require_whole, substitute
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.base import expanded
+from trace_ds.config.sections.base import Section, expanded
 from trace_ds.errors import UserError
 
 SHOWN_CHARACTERS = 60
@@ -122,3 +122,29 @@ def _explain(error: ValidationError, where: str) -> UserError:
     if not location:
         return UserError(message, where, "change one of the two keys")
     return UserError(f"{location}: {message}{given}", where, f"correct the value of {location}")
+
+
+def complete_config(incomplete: str) -> list[str]:
+    """Names of recipes, YAML files and folders that begin so: what a shell completes CONFIG with."""
+    folder, _, beginning = incomplete.rpartition("/")
+    place = Path(expanded(folder)) if folder else Path("/" if incomplete.startswith("/") else ".")
+    entries = sorted(place.iterdir()) if place.is_dir() else []
+    shown = [entry for entry in entries if entry.is_dir() or entry.suffix in (".yaml", ".yml")]
+    prefix = incomplete.removesuffix(beginning)
+    files = [f"{prefix}{entry.name}{'/' * entry.is_dir()}" for entry in shown if not entry.name.startswith(".")]
+    return [name for name in (*recipes(), *files) if name.startswith(incomplete)]
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """The keys that begin so, as ``dotted.key=``: what a shell completes ``--set`` with."""
+    return [key for key in _keys(Config) if key.startswith(incomplete)]
+
+
+def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        inner = next((kind for kind in kinds if issubclass(kind, Section)), None)
+        if inner is None or get_origin(field.annotation) in (list, dict):
+            yield f"{prefix}{name}="
+        else:
+            yield from _keys(inner, f"{prefix}{name}.")

@@ -26,7 +26,7 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import already_done, stage_log
 from trace_ds.stages.convert import is_converted, write_model
 from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, job_identity
-from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, model_settings
+from trace_ds.stages.training import Training, ds_config_of, identifying_settings, model_settings
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -191,7 +191,6 @@ def check(config: Config, run: RunDirectory, world_size: int) -> FinetuneJobs:
     data = Inputs.read(config, run, info.fingerprint).data
     shared = {
         "model": info.fingerprint,
-        "settings": settings.model_dump(mode="json", exclude={*OPERATIONAL, "models", "epochs"}),
         "ds_config": _check_settings(config, info),
         "dtype": config.model.dtype,
         "seed": config.seed,
@@ -202,8 +201,9 @@ def check(config: Config, run: RunDirectory, world_size: int) -> FinetuneJobs:
             problem = f"the prepared data has no corpus {unprepared[0]!r}"
             raise UserError(problem, str(run.data), data.fix)
         seen = [data.files[f"{side}.arrow"]["sha256"] for side in sides]  # not the corpora that it does not see
-        identity = job_identity(kind="finetune", data=seen, **shared)
         steps = make_finetune_batches(config, sides, data).steps
+        own = identifying_settings(settings, steps, "models", "epochs")
+        identity = job_identity(kind="finetune", data=seen, settings=own, **shared)
         jobs.append(FinetuneJob(config, run.finetuned(name), name, tuple(sides), info, data, steps, identity))
     return FinetuneJobs(config, run, jobs)
 

@@ -32,6 +32,13 @@ OPERATIONAL = {
 }
 
 
+def identifying_settings(settings: TrainingConfig, steps: int, *others: str) -> dict[str, Any]:
+    """The settings that decide what a job computes, without the ``others``: its length only where the learning rate
+    depends on it."""
+    values = settings.model_dump(mode="json", exclude={*OPERATIONAL, *others})
+    return values if settings.optimizer.schedule == "constant" else values | {"steps": steps}
+
+
 def model_settings(config: Config) -> dict[str, Any]:
     """Keyword arguments shared by the trained and the frozen model's engine: dtype, expert-parallel size."""
     return {"dtype": config.model.dtype, "ep": config.distributed.ep}

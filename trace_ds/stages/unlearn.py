@@ -21,7 +21,7 @@ from trace_ds.run.curve import has_ended
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import write_json
 from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, checked_tasks, job_identity
-from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, model_settings
+from trace_ds.stages.training import Training, ds_config_of, identifying_settings, model_settings
 from trace_ds.unlearning.needs import layers_held
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def check(config: Config, run: RunDirectory, world_size: int) -> UnlearnJob:
         model=info.fingerprint,
         data=data.content,
         calibration=calibration.content,
-        settings=settings.model_dump(mode="json", exclude={*OPERATIONAL, "evaluate"}),
+        settings=identifying_settings(settings, settings.steps, "evaluate"),
         ds_config=ds_config,
         dtype=config.model.dtype,
         seed=config.seed,

@@ -62,6 +62,17 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
+def rate_factor(schedule: str, steps: int) -> Callable[[int], float]:
+    """What the learning rate is multiplied by in each step, from 0 on: transformers' own schedule without warm-up.
+
+    A function of the step alone, so that a resumed job goes on exactly.
+    """
+    from transformers import get_scheduler
+
+    scheduler: Any = get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, steps)
+    return lambda step: float(scheduler.lr_lambdas[0](step))
+
+
 def train(
     engine: Any,
     world: World,
@@ -88,6 +99,7 @@ def train(
     progress = Progress(log, "training", steps, start=manifest.step)
     if evaluator is not None:
         evaluator.begin(engine, trainer_state, manifest.step)
+    factor = rate_factor(settings.optimizer.schedule, steps)
     saver = Saver(
         engine,
         world,
@@ -104,7 +116,7 @@ def train(
             done, began_s = step + 1, time.monotonic()
             data = rows.at(step, world.rank, world.size)
             seed_step(trainer_state["seed"], step, world.rank)
-            values = run_step(engine, world, data, objective, settings, step, stop_requested)
+            values = run_step(engine, world, data, objective, settings, step, stop_requested, factor(step))
             stop = bool(values.pop("stop"))
             # run_step has read its losses from the device, so all of the step's work is done by now
             tokens_per_s = data.tokens / (time.monotonic() - began_s)
@@ -178,6 +190,7 @@ def run_step(
     settings: TrainingConfig,
     step: int,
     stop_requested: Callable[[], bool] = lambda: False,
+    factor: float = 1.0,
 ) -> dict[str, float]:
     """One optimizer step; returns the losses (global), the gradient norm, the learning rate, and how many ranks ask to
     ``stop``.
@@ -188,12 +201,13 @@ def run_step(
     Args:
         data: of this rank: ``rows.at(step, …)``.
         stop_requested: whether this rank asks to stop; looked at before the update.
+        factor: of the learning rate.
 
     Raises:
         NumericalFailure: the loss or the gradient is not finite, on any rank; every rank raises.
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = settings.optimizer.lr
+        group["lr"] = settings.optimizer.lr * factor
     factors = objective.factors
     # Of this rank. They stay on the device until the step is made: whoever reads them waits for the backward pass.
     sums = torch.zeros(len(factors), dtype=torch.float64, device=world.device)
@@ -233,7 +247,7 @@ def run_step(
         **{f"loss_{name}": value for name, value in losses.items()},
         "loss": sum(factors[name] * value for name, value in losses.items()),
         "grad_norm": norm,
-        "lr": settings.optimizer.lr,
+        "lr": settings.optimizer.lr * factor,
         "stop": stop,
         **objective.update_state(losses),
     }

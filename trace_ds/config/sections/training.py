@@ -23,6 +23,11 @@ class OptimizerConfig(Section):
     eps: Number = Field(1e-8, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
     gradient_clipping: Number = Field(1.0, ge=0, description="0: off.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="The learning rate over the job's steps, without warm-up: constant, or transformers' linear or "
+        "cosine decay from lr to 0. A job that decays can only be resumed with the same number of steps.",
+    )
 
 
 class TrainingConfig(Section):
@@ -60,8 +65,8 @@ TARGET, RETRAINED = "target", "retrained"  # models that `finetune` makes: the o
 class FinetuneConfig(Section):
     """Makes the run's model, and references for it, from ``model.path``: mean next-token loss, all parameters.
 
-    Engine and checkpoints are configured in ``unlearning``: zero_stage, ds_config, save_every, and the optimizer's eps
-    and gradient_clipping.
+    Engine and checkpoints are configured in ``unlearning``: zero_stage, ds_config, save_every, and the optimizer's eps,
+    gradient_clipping and schedule.
     """
 
     models: dict[ModelName, list[str]] = Field(
