@@ -1,4 +1,4 @@
-"""What was decided, and whether it makes sense: everything in ``diagnosis.json``.
+"""``diagnosis.json``: which experts and weights a calibration chose, and warnings where they look wrong.
 
 Shape legend: T tokens, R rows, D documents, L MoE layers, E experts, K = top-k.
 """

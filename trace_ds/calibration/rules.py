@@ -49,7 +49,7 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class WeightRequest:
-    """What is to be weighted, and how.
+    """The input of a weight rule: corpora, detection and settings.
 
     Attributes:
         scope_LE: bool, the experts whose frequencies the weights are to move (see :func:`choose_experts`).

@@ -1,4 +1,4 @@
-"""What raking's dual is solved on: units (tokens) with features 0 or 1, one per constraint.
+"""The units (tokens) that raking's dual is solved on, with features 0 or 1, one per constraint.
 
 Shape legend: T tokens of a chunk, N units, S constraints = experts of ``scope_LE`` in order, L MoE layers, E experts,
 K = top-k, G columns of a chunk.

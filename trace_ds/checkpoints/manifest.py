@@ -24,7 +24,7 @@ STEP = re.compile(r"step_(\d{6,})")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """The description of a checkpoint, ``manifest.json``.
 
     Attributes:
         step: optimizer steps done.

@@ -1,4 +1,4 @@
-"""What ``trace-ds doctor`` looks at on one machine: software, accelerators, limits, the run's storage and input."""
+"""The checks of ``trace-ds doctor`` on one machine: software, accelerators, limits, the run's storage and input."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def locked_file(path: Path) -> Iterator[None]:
 
 
 def lock_problem(path: Path) -> str:
-    """What is wrong with a lock that somebody else holds; empty when it is respected."""
+    """Try to take a lock that another process holds: the problem where that succeeds, else empty."""
     try:
         with locked_file(path):
             return "flock does not exclude a second holder"
@@ -265,8 +265,8 @@ def lock_problem(path: Path) -> str:
 
 
 def hub_checks(written: Config, run_dir: Path | None) -> Iterator[Check]:
-    """What the configuration as ``written`` names on the hub is in the caches, models at the commit fetched for this
-    run."""
+    """Check that all the configuration (as ``written``) names on the hub is cached, models at the commit fetched for
+    this run."""
     from trace_ds.run.directory import RunDirectory
     from trace_ds.stages.fetch import cached_resources
 

@@ -34,7 +34,7 @@ def ceil_div(total: int, parts: int) -> int:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """What the cluster offers; see the module's docstring for units and defaults.
+    """The nodes of a cluster, their GPUs and links; see the module's docstring for units and defaults.
 
     Attributes:
         gpu_memory_gb: memory of one GPU; ``reserved_gb`` of it is taken by the CUDA context, NCCL and

@@ -263,7 +263,7 @@ def _new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def source_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the report says of the source: no paths, so that a rerun elsewhere gives the same bytes."""
+    """Facts of the source for the report: no paths, so that a rerun elsewhere gives the same bytes."""
     manifest = checkpoint.path / MANIFEST
     return {
         **checkpoint.summary(),

@@ -1,4 +1,4 @@
-"""What an entry of the configuration names: files by a path, or a data set by name, read by ``datasets``.
+"""Open what an entry of the configuration names: files by a path, or a data set by name, read by ``datasets``.
 
 A data set is an id on the Hugging Face hub, or a directory in the hub's layout. From the hub it comes into the
 libraries' own cache and is read from there, offline with HF_HUB_OFFLINE; no code of it runs. What is private in these

@@ -45,7 +45,7 @@ _R = TypeVar("_R")
 
 
 class HasText(Protocol):
-    """What is tokenised."""
+    """A document with its text, to be tokenised."""
 
     @property
     def text(self) -> str: ...
@@ -147,7 +147,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
 
 
 def encode_documents(documents: Iterable[_D], encode: Callable[[list[_D]], list[_R]], threads: int = 1) -> Iterator[_R]:
-    """What ``encode`` makes of each document (``text``: its size), in order.
+    """Encode documents in batches on ``threads`` threads; yields the results in order.
 
     The threads encode while this one reads and packs: the tokenizers library runs beside Python.
     """

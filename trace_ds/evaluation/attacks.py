@@ -188,8 +188,8 @@ def check_forcing(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
-    """Inside the block every router sends its tokens to the experts that ``decide`` names, with their own gate
-    weights."""
+    """Inside the block, route every token to the experts that ``decide`` names, with the gate weights that the router
+    gives them."""
     routers = find_routers(model)
     plain = routers
     if not autoep.is_autoep_router(routers[0]) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):

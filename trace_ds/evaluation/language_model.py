@@ -55,7 +55,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of the scored tokens of one sequence, in order.
+    """Log-probabilities of the scored tokens of one sequence, in order.
 
     Attributes:
         log_prob: float32, natural log-probability of the token given all before it.

@@ -1,4 +1,4 @@
-"""What the environment says about launchers and accelerators (no heavy imports: the launching parent uses it too)."""
+"""Launchers and accelerators, read from the environment (no heavy imports: the launching parent uses it too)."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def accelerator_count(environment: Mapping[str, str] = os.environ, devices: Path
 
 
 def accelerator_names(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
-    """Those GPUs as CUDA_VISIBLE_DEVICES names them: what is inherited there, else their numbers."""
+    """The GPUs this process may use as CUDA_VISIBLE_DEVICES names them: the inherited value, else their numbers."""
     count = machine_accelerators(devices)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

@@ -239,7 +239,7 @@ def check_local_processes(accelerators: int, environment: Mapping[str, str] = os
 
 
 def wait_longer(timeout_minutes: float) -> None:
-    """From now on every collective of the joined (gloo) group may wait so long."""
+    """Set the timeout of every later collective of the joined (gloo) group."""
     dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes))
 
 

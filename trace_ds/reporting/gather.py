@@ -100,7 +100,7 @@ class Arm:
 
     @property
     def title(self) -> str:
-        """What people read: the label, and that it is TRACE."""
+        """The label as shown, with "(TRACE)" where the weights are the method's."""
         return f"{self.label} (TRACE)" if self.is_trace else self.label
 
 
@@ -144,7 +144,7 @@ class RunData:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the libraries that trained the newest checkpoint, and of a model from the hub."""
+        """Versions of the libraries that trained the newest checkpoint, and the commit of a model from the hub."""
         source = (self.job.get("model") or {}).get("source")
         recorded = {str(key): str(value) for key, value in sorted((self.job.get("versions") or {}).items())}
         return recorded | ({BASE_MODEL: str(source)} if source else {})

@@ -78,7 +78,7 @@ def render_page(run: RunData, verdict: Verdict, tables: dict[str, Table]) -> str
 
 
 def payload(run: RunData, tables: dict[str, Table], names: dict[str, str]) -> dict[str, Any]:
-    """What the script reads: the tables that it draws by column (long ones thinned) and a few facts."""
+    """Data for the page's script: the tables that it draws, by column (long ones thinned), and a few facts."""
     side, target_scores, gold = run.retain or run.forget, scores.targets(run), run.references.get(run.gold)
     stride = max(1, -(-len(tables["items"]) // MAX_QUESTIONS)) if "items" in tables else 1
     return {

@@ -45,7 +45,7 @@ def role_scores(evaluation: Evaluation, role: str) -> list[Score]:
 
 
 def remaining(score: Score) -> float:
-    """What a score says about the knowledge that is left: itself, or 1 less it where more means forgotten."""
+    """The knowledge that a score shows to remain: the score itself, or 1 minus it where more means forgotten."""
     return score.value if score.direction == "lower" else 1 - score.value
 
 

@@ -187,7 +187,7 @@ def read_layers(artefact: Artefact) -> list[int] | None:
 
 
 def read_checkpoint_manifest(base: Path) -> dict[str, Any]:
-    """Of the newest checkpoint of a run or variant; empty where there is none."""
+    """The manifest of the newest checkpoint of a run or variant; empty where there is none."""
     newest = named_by(base / "checkpoints", "latest")
     if newest is None or not (newest / "manifest.json").is_file():
         return {}
@@ -195,7 +195,7 @@ def read_checkpoint_manifest(base: Path) -> dict[str, Any]:
 
 
 def read_points(base: Path) -> list[dict[str, Any]]:
-    """What an unlearning job scored of itself, step by step, from its newest checkpoint, or RUN/curve.json."""
+    """The curve of an unlearning job, a point for each evaluation, from its newest checkpoint or RUN/curve.json."""
     points = (read_checkpoint_manifest(base).get("trainer_state") or {}).get("curve") or []
     if not points and (base / "curve.json").is_file():
         points = read_curve(base / "curve.json")["curve"]

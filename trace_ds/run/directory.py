@@ -76,7 +76,7 @@ class RunDirectory:
     finetune = Place(FINETUNE, shared=True)
 
     def finetuned(self, name: str) -> RunDirectory:
-        """Where `finetune` makes a model: a directory of its own, with the data and the stop file of the run."""
+        """The directory in which `finetune` makes one model; it shares the data and the stop file of the run."""
         return RunDirectory(self.finetune / name, self.parent or self.path)
 
     def finetuned_here(self) -> list[RunDirectory]:

@@ -166,7 +166,7 @@ def open_mapped(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def safetensors_errors(path: Path) -> Iterator[None]:
-    """What safetensors raises when it cannot write (a full disk) becomes the OSError that it was."""
+    """Raise the OSError behind an error of safetensors that could not write (a full disk)."""
     from safetensors import SafetensorError
 
     try:

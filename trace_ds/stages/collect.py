@@ -35,7 +35,7 @@ SAMPLE_TOKENS = 200_000  # counted tokens of a corpus whose top-k experts are al
 
 @dataclass(frozen=True)
 class CollectJob:
-    """What is to be collected, checked: model, data artefact, and by side the new artefact's inputs and settings.
+    """A checked collection: model, data artefact, and by side the new artefact's inputs and settings.
 
     ``place``: the run directory.
     """
@@ -135,7 +135,7 @@ def needs_trace(config: Config, side: str) -> bool:
 
 
 def recording(config: Config, side: str) -> Recording:
-    """What the configuration asks to be recorded of one side."""
+    """What to record of one side, as the configuration and its variants need."""
     settings = config.statistics
     return Recording(
         trace=needs_trace(config, side) if settings.trace is None else settings.trace,

@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """What is to be scored, checked.
+    """A checked evaluation: models, tasks and what identifies each result.
 
     Attributes:
         place: the run directory.

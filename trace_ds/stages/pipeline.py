@@ -141,15 +141,15 @@ class Request:
         return with_sizes_here(with_places(self.written, self.places))
 
     def located(self, verb: str, *, download: bool) -> Request:
-        """With directories for the models that ``verb`` needs; without ``download``, one that is not in the hub's cache
-        stays a name.
+        """The request with directories for the models that ``verb`` needs; without ``download``, a model that is not in
+        the hub's cache stays a name.
 
         A job under a launcher, a dry run and a look at a run (doctor, plan, submit) never download.
         """
         return replace(self, places=find_models(self.written, self.run, verb, download=download))
 
     def with_variants(self, names: str) -> Request:
-        """With variants chosen: ``all``, or names with commas between them; "" chooses none."""
+        """The request with these variants chosen: ``all``, or names with commas between them; "" chooses none."""
         chosen = tuple(self.written.variants) if names == "all" else tuple(filter(None, names.split(",")))
         for name in chosen:
             self.variant(name)  # refuses a name that the configuration does not have

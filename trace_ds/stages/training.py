@@ -121,7 +121,7 @@ class Training:
             log.done(", ".join([str(left.relative_to(self.run.path)), *losses]))
 
     def restore(self, world: World, engine: Any, chosen: Manifest | None, log: StageLog) -> Manifest:
-        """Where training begins (collective): at ``chosen``, whatever shape wrote it; at step 0 without one."""
+        """Load the checkpoint ``chosen``, whatever shape wrote it (None: begin at step 0); its manifest. Collective."""
         step, trainer_state = 0, {"step": 0, "seed": self.config.seed}
         if chosen is not None:
             self._load(world, engine, chosen, log)

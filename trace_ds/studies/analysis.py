@@ -214,7 +214,7 @@ class Comparison:
         return {seed: chosen[seed] for seed in self.seeds}
 
     def best_strength(self, curves: Sequence[Curve], seeds: Sequence[int]) -> str | None:
-        """None when none of the curves ever reached the target on ``seeds``."""
+        """The strength with the highest utility at the target on ``seeds``; None when no curve reached it there."""
         ranks: dict[str, tuple[float, float, float]] = {}
         for strength in dict.fromkeys(curve.strength for curve in curves):
             mine = [curve for curve in curves if curve.strength == strength and curve.seed in seeds]

@@ -89,7 +89,7 @@ def trials_of(bench: BenchConfig) -> list[Trial]:
 
 
 def changes_of(bench: BenchConfig, trial: Trial) -> dict[str, Any]:
-    """What a run changes of the recipe: for the loss, then the method, then the strength."""
+    """The changes a run makes to the recipe: those of its loss, then of its method, then its strength."""
     return {**bench.losses.get(trial.loss, {}), **bench.methods.get(trial.method, {}), **trial.strength}
 
 

@@ -167,8 +167,8 @@ def run_all(study: Study) -> None:
 
 
 def run_seed(request: Request, regime: Regime | None) -> None:
-    """What `trace-ds run` does with the run of a seed and its variants. Where a run is one process, this process is its
-    rank from the first one on, so that many short ones do not start anew."""
+    """Run one seed and its variants as `trace-ds run` does. Where a run is one process, this process is its rank from
+    the first one on, so that many short ones do not start anew."""
     config = request.written
     if regime is not None:
         from trace_ds.demo.run import prepare_inputs, remove_input_leftovers

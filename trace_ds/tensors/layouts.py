@@ -68,8 +68,7 @@ class ModelLayout:
         return any(re.search(rf"(^|\.){re.escape(pattern)}($|\.)", name) for pattern in self.keep_fp32)
 
     def above(self, layers: int) -> set[str]:
-        """What a job whose losses end in the first ``layers`` decoder layers does not hold: the later ones, the last
-        norm and the LM head."""
+        """Names that a job of the first ``layers`` decoder layers does not hold: later layers, last norm, LM head."""
         ends = ("model.norm", "lm_head")
         return {name for name in self.fused if decoder_layer(name) >= layers or name.startswith(ends)}
 

@@ -1,6 +1,6 @@
-"""What one step of this rank consumes: forget and retain rows of one micro-batch in one tensor, with their weights; or,
-for fine-tuning, rows of any corpora. Which rows a step sees is a pure function of (seed, step), so resuming and any
-world size give the same data.
+"""The data of a step: micro-batches of forget and retain rows, in one tensor, with their weights; for fine-tuning, rows
+of any corpora. Which rows a step sees is a pure function of (seed, step), so resuming and any world size give the same
+data.
 
 Shape legend: F forget rows, R retain rows, B = F + R, S positions.
 """

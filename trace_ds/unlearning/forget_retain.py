@@ -168,7 +168,7 @@ class ForgetRetain:
         return Losses(forget, retain_RS, "sequence" if loss in SEQUENCE_LOSSES else "token", penalty)
 
     def frozen_states(self, batches: Sequence[MicroBatch]) -> Iterator[FrozenStates]:
-        """What the losses of each micro-batch of a step need of the frozen model, made when it is asked for, in as few
+        """The frozen model's hidden states for each micro-batch of a step in turn, computed when needed, in as few
         passes as memory allows: where ZeRO-3 cuts the frozen model up, each gathers all of it."""
         if self.frozen is None or not batches:
             yield from (FrozenStates() for _ in batches)

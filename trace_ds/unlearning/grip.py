@@ -55,7 +55,7 @@ ITERATIONS = 100
 
 @dataclass(frozen=True)
 class LayerConstraints:
-    """What the updates of one router must keep to; see the module's docstring.
+    """The constraints on the updates of one router; see the module's docstring.
 
     Attributes:
         inputs_TD: fp32.
@@ -159,8 +159,8 @@ class Projection:
 def retain_inputs(
     engine: Any, batches: Batches, world: World, steps: int
 ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Of each micro-batch of the first ``steps`` steps, the same on every rank: by layer, the router's inputs [T, D] at
-    the counted retain tokens and the experts [T, K] that it selected (collective)."""
+    """Run the retain rows of the first ``steps`` steps, the same on every rank (collective), and yield for each
+    micro-batch, by layer, the router's inputs [T, D] at the counted tokens and the experts [T, K] it selected."""
     routers = find_routers(engine.module)
     engine.eval()
     for step in range(steps):

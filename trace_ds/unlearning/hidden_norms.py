@@ -26,7 +26,7 @@ OFFSETS, SINK_NORM = 4, 10.0
 
 @dataclass(frozen=True)
 class HiddenNorms:
-    """Of the frozen hidden states of the first steps' counted tokens.
+    """Norms of the frozen model's hidden states at the counted tokens of the first steps.
 
     Attributes:
         mean, median: over the forget tokens. sinks: offsets in a document. longest: the largest norm of a sink.

@@ -97,7 +97,7 @@ def _cross_entropy(target_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class SequenceNLL:
-    """What losses of sequences are made of: token losses [B, S] of the forget rows, 0 where nothing is counted.
+    """The input of losses of sequences: token losses [B, S] of the forget rows, 0 where nothing is counted.
 
     Attributes:
         nll_BS, reference_nll_BS: the trained and the frozen model's.

@@ -1,5 +1,4 @@
-"""What the losses of a job need of the model, and of the frozen one that they compare with; without torch, since
-``trace-ds plan`` asks too."""
+"""Which parts of the model, and of a frozen copy, the losses of a job need; without torch, for ``trace-ds plan``."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ def layers_held(settings: UnlearningConfig, decoder_layers: int) -> int | None:
 
 @dataclass(frozen=True)
 class FrozenNeeds:
-    """What a step needs of a frozen copy, of a model with ``decoder_layers``.
+    """The parts of a frozen copy that a step needs, of a model with ``decoder_layers``.
 
     Attributes:
         layer: decoder layer whose hidden states a loss is made of, the trained model's or both; None: none is.

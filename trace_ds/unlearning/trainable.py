@@ -112,8 +112,8 @@ def _matching(kinds: dict[str, str], patterns: Iterable[str]) -> set[str]:
 def trained_by(
     model: nn.Module, settings: UnlearningConfig, experts: dict[int, tuple[int, ...]] | None, last_layer: int | None
 ) -> Trained:
-    """What a job trains of a model not yet converted, which is the whole one: patterns of names may match what the job
-    does not hold.
+    """The trained parameters of a job, from the whole model, not yet converted: patterns of names may match layers that
+    the job does not load.
 
     Args:
         experts: the experts selected by the calibration or by SEUF, by decoder layer; None: all.

@@ -121,7 +121,7 @@ class CorpusEntry(PathOrDataset, Section):
     )
 
     def template_for(self, columns: Collection[str]) -> Template:
-        """What makes a document of a row with these columns."""
+        """The template that turns a row with these columns into a document."""
         if self.template is None and "text" not in columns:
             return next((each for each in CONVERSATIONS if set(columns_of(each)) <= set(columns)), TEXT)
         return self.template or TEXT
