@@ -26,6 +26,7 @@ from stage_calls import calibrate
 from trace_ds.checkpoints.manifest import complete_steps, newest_complete, read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.conversion.convert import convert_checkpoint
+from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.models.engine_config import parameter_offload, user_ds_config
 from trace_ds.run.directory import MADE_IN, RunDirectory
@@ -90,11 +91,17 @@ def relative(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], sta
 
 
 @pytest.mark.slow
-def test_gradients_equal_those_of_one_process(calibrated: tuple[Path, Path], tiny_model: Path, tmp_path: Path) -> None:
-    """With an eps far above any gradient AdamW's first step is lr / eps = 1,000 gradients, to the digits of fp32."""
-    config, prepared_run = calibrated
-    run = copy_of(prepared_run, tmp_path / "run")
-    changes = ["forget_loss=graddiff", "apply=loss", "steps=1"]
+def test_gradients_equal_those_of_one_process(tiny_model: Path, tmp_path: Path) -> None:
+    """With an eps far above any gradient AdamW's first step is lr / eps = 1,000 gradients, to the digits of fp32. The
+    loss, the routing statistics and the weights are of the answers of both corpora alone."""
+    answers = {"template": "{source} is: {text}", "loss_on": "answer"}
+    data = {f"data__{side}": [answers | {"path": f"{tmp_path}/corpora/{side}.jsonl"}] for side in ("forget", "retain")}
+    config = tiny.write_config(tmp_path, tiny_model, unlearning__apply="loss", **data)
+    run = calibrated_run(config, tmp_path / "run")
+    retain = TokenDataset.open(run / "data" / "retain.arrow")
+    assert 0 < retain.counted_total() < 0.8 * retain.tokens
+    assert ((np.load(run / "calibration" / "weights.npy") > 0) == retain.counted(0, retain.tokens)).all()
+    changes = ["forget_loss=graddiff", "steps=1"]
     changes += ["optimizer.eps=1e6", "optimizer.lr=1e9", "optimizer.gradient_clipping=0"]
     overrides = ["distributed.ep=2", *(f"unlearning.{change}" for change in changes)]
     run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides)

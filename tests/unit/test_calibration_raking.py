@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from trace_ds.calibration import raking
-from trace_ds.calibration.raking import balanced, offer, rake
+from trace_ds.calibration.raking import rake
 from trace_ds.calibration.tokens import TokenMap
 from trace_ds.calibration.units import Units, evaluate
 
@@ -94,69 +94,6 @@ def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, sample: i
     assert 0.5 <= ess(w) < 0.5005
     np.testing.assert_allclose(w @ active / w.sum(), result.target_S, atol=2e-6)
     np.testing.assert_allclose(w, expected, rtol=1e-3)
-
-
-def copied_layers(rng: np.random.Generator, count: int, copies: int = 2, experts: int = 6) -> tuple[Corpus, np.ndarray]:
-    """(retain corpus whose layers are copies of one another, forget frequencies that differ from layer to layer)."""
-    logits = rng.normal(size=(copies, experts))
-
-    def chosen(logits_E: np.ndarray) -> np.ndarray:
-        return np.argsort(-(logits_E + rng.gumbel(size=(3000, experts))), axis=1)[:, :2].astype(np.uint8)
-
-    retain = np.resize(np.stack([chosen(logits[0])] * copies, axis=1), (count, copies, 2))
-    forget = np.stack([chosen(row + rng.normal(scale=0.8, size=experts)) for row in logits], axis=1)
-    frequency = np.array([np.bincount(forget[:, layer].ravel(), minlength=experts) for layer in range(copies)]) / 3000
-    documents = np.arange(count, dtype=np.int32) // 100
-    token_map = TokenMap(np.array([0, count]), documents, int(documents[-1]) + 1)
-    return Corpus(retain, token_map, np.zeros(0)), frequency.ravel()
-
-
-def exact_strength(active_TS: np.ndarray, shift_S: np.ndarray, floor: float) -> float:
-    """λ by bisection, each dual (in the box, float64, over the distinct tokens) minimised by scipy's SLSQP."""
-    kinds, counts = np.unique(active_TS, axis=0, return_counts=True)
-    kinds, share, p_S = kinds.astype(float), counts / counts.sum(), active_TS.mean(axis=0)
-
-    def size(strength: float) -> float:
-        def dual(theta_S: np.ndarray) -> tuple[float, np.ndarray]:
-            score = kinds @ theta_S
-            w = share * np.exp(score - score.max())
-            target_S = p_S + strength * shift_S
-            value = score.max() + np.log(w.sum()) - theta_S @ target_S
-            return float(value), w @ kinds / w.sum() - target_S
-
-        result = optimize.minimize(
-            dual,
-            np.zeros(len(p_S)),
-            jac=True,
-            method="SLSQP",
-            bounds=[(-raking.LARGEST_THETA, raking.LARGEST_THETA)] * len(p_S),
-            options={"ftol": 1e-15, "maxiter": 2000},
-        )
-        w = np.exp(kinds @ result.x - (kinds @ result.x).max())
-        return float((share @ w) ** 2 / (share @ w**2))
-
-    low, high = (1.0, 1.0) if size(1.0) >= floor else (0.0, 1.0)
-    while high - low > 1e-5:
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(middle) >= floor else (low, middle)
-    return low
-
-
-@settings(max_examples=6, deadline=None)
-@given(st.integers(0, 1000), st.sampled_from([3000, 15_000, 18_000, 40_000]), st.integers(1, 3))
-def test_copies_of_one_layer_are_solved_alike_at_every_size(seed: int, count: int, copies: int) -> None:
-    """λ is that of an exact solution to 1e-3, and no smaller where the floor is lower, with however many tokens."""
-    retain, q = copied_layers(np.random.default_rng(seed), count, copies)
-    active, scope_LE = retain.dense(6), np.ones((copies, 6), dtype=bool)
-    p = active.mean(axis=0)
-    shift = balanced(scope_LE, offer(scope_LE, p, q, 20.0)[0] - p, p * (1 - p))
-    strengths = []
-    for floor in (0.8, 0.6, 0.4):
-        raking = rake(Units(retain.as_trace(), scope_LE, retain.tokens), q, p, 20.0, floor)
-        assert raking.converged and raking.point.ess >= floor
-        strengths.append(raking.strength)
-    assert strengths[0] == pytest.approx(exact_strength(active, shift, 0.8), rel=1e-3)
-    assert strengths == sorted(strengths)
 
 
 def errors(corpus: Corpus, experts: int) -> np.ndarray:

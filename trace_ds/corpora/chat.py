@@ -118,17 +118,17 @@ def answer_spans(render: Callable[..., str], messages: Messages, where: str) -> 
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, until = "", render(messages[: number + 1])
+        before, until, content = "", render(messages[: number + 1]), message["content"].strip()
         if number and whole.startswith(render(messages[:number])):
             asking = render(messages[:number], add_generation_prompt=True)
             before = os.path.commonprefix([whole, asking])  # noqa: RUF071 (of texts, not of paths)
-        content = message["content"].strip()
-        closing = until[until.rfind(content) + len(content) :]
-        stop = len(until) if whole.startswith(until) else whole.find(content + closing, len(before))
-        if not before or stop < 0 or content not in until:
+        stop = len(until)
+        if not whole.startswith(until):
+            ending = content + until.rpartition(content)[2] if content and content in until else until
+            stop = whole.find(ending, len(before)) + len(ending) if ending in whole[len(before) :] else 0
+        if not before or stop < len(before):
             problem = "where an answer begins or ends cannot be told with this chat template"
             fix = "begin with a question and give one answer a conversation, or set loss_on: all"
             raise UserError(problem, where, fix)
-        stop = stop if whole.startswith(until) else stop + len(content + closing)
         spans.append((len(before), stop))
     return whole, spans
