@@ -131,7 +131,7 @@ def test_the_template_is_part_of_the_identity(chat_models: dict[str, Path], tmp_
 @pytest.mark.parametrize(
     ("model", "rows", "entry", "message"),
     [
-        ("", [{"messages": CHATS[0]}], {}, "the corpus has conversations, and the tokenizer no chat template"),
+        ("", [{"messages": CHATS[0]}], {}, "the corpus has conversations, and the tokenizer has no chat template"),
         (
             "instruct",
             [{"messages": CHATS[0][::-1]}],

@@ -32,10 +32,9 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> str:
     """The template of conversations; :class:`UserError` when the tokenizer has none."""
     try:
         return str(tokenizer.get_chat_template())
-    except ValueError as error:
+    except ValueError:
         fix = "take an instruct model (or its tokenizer, model.tokenizer), or give the corpus a template of text"
-        problem = f"the corpus has conversations, and the tokenizer no chat template ({first_line(error)[:80]})"
-        raise UserError(problem, key, fix) from None
+        raise UserError("the corpus has conversations, and the tokenizer has no chat template", key, fix) from None
 
 
 class DocumentEncoder:
