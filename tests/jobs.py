@@ -79,52 +79,18 @@ def unlearn_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> 
     unlearn(loaded, RunDirectory.at(directory), world)
 
 
-def unlearn_job_disturbed(
-    world: Any, config: str, run_dir: str, overrides: list[str], how: str, in_pass: int, step: int
-) -> None:
-    """The same, disturbed while rank 1 writes the checkpoint of ``step`` and training has gone on to its pass number
-    ``in_pass``: killed there, failed there on all ranks, asked to stop before, or out of disk space."""
-    import resource
-
-    from trace_ds.unlearning import objective
-
-    if how == "full" and world.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    elif how != "full":
-        disturb(objective.Unlearning, world, how, in_pass, step, Path(run_dir) / "stop")
-    unlearn_job(world, config, run_dir, overrides)
-
-
-def disturb(objective: Any, world: Any, how: str, in_pass: int, step: int, stop: Path) -> None:
-    """Let rank 1 be slow to write its optimizer's shard of ``step``, and disturb training meanwhile.
-
-    ``objective``: the class whose ``terms`` is called in every pass: of a step, and when a checkpoint is to be saved.
-    """
+def unlearn_job_killed(world: Any, config: str, run_dir: str, overrides: list[str], step: int) -> None:
+    """The same; rank 1 is killed while it writes its optimizer's shard of ``step``."""
     import signal
     import sys
-    import time
 
-    from trace_ds.errors import JobFailed
-
-    terms, passes = objective.terms, []
-
-    def counting(self: Any, *arguments: Any) -> Any:
-        passes.append(1)
-        if len(passes) == in_pass and how == "killed" and world.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if len(passes) == in_pass and how == "failed":
-            raise JobFailed("it went wrong on all ranks")
-        return terms(self, *arguments)
-
-    def slow(event: str, arguments: tuple[Any, ...]) -> None:
+    def kill(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and f"step_{step:06d}.tmp-" in str(arguments[0]) and "optim" in str(arguments[0]):
-            if how == "stopped":
-                stop.touch()
-            time.sleep(60.0 if how == "killed" else 1.0)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    objective.terms = counting
     if world.rank == 1:
-        sys.addaudithook(slow)
+        sys.addaudithook(kill)
+    unlearn_job(world, config, run_dir, overrides)
 
 
 def finetune_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -29,8 +28,7 @@ from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.models.engine_config import parameter_offload, user_ds_config
-from trace_ds.run.directory import MADE_IN, RunDirectory
-from trace_ds.run.files import remove_leftovers
+from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.unlearn import check as check_unlearn
 from trace_ds.unlearning.trainer import finite_state
 
@@ -147,11 +145,10 @@ def test_ten_steps_sigkill_and_ten_more_are_bitwise_twenty(tmp_path: Path) -> No
     overrides = ["distributed.ep=2", "unlearning.apply=loss", "unlearning.steps=20", "unlearning.save_every=5"]
     overrides += ["unlearning.optimizer.schedule=cosine"]
     run_distributed(jobs.unlearn_job, 2, str(config), str(straight), overrides)
-    # in step 17, with a pass before each of three saves; the last of them is still being written
-    ends = end_of_ranks(jobs.unlearn_job_disturbed, 2, str(config), str(killed), overrides, "killed", 20, 15)
+    ends = end_of_ranks(jobs.unlearn_job_killed, 2, str(config), str(killed), overrides, 15)
     assert ends[1] == -signal.SIGKILL and ends[0] != 0, ends
-    assert complete_steps(killed / "checkpoints") == ([5, 10], []) and len(losses_of(killed)) == 16
-    assert len(list((killed / "checkpoints").glob("step_000015.tmp-*/zero*model*"))) == 2
+    assert complete_steps(killed / "checkpoints") == ([5, 10], []) and len(losses_of(killed)) == 15
+    assert list((killed / "checkpoints").glob("step_000015.tmp-*/zero*model*"))
     (killed / "stop").touch()  # a stop on request in between changes nothing either
     with pytest.raises(AssertionError, match="StopRequested: stopped after step 11"):
         run_distributed(jobs.unlearn_job, 2, str(config), str(killed), overrides)
@@ -169,38 +166,6 @@ def test_ten_steps_sigkill_and_ten_more_are_bitwise_twenty(tmp_path: Path) -> No
         assert len({check_unlearn(one, RunDirectory.at(killed), 2).identity for one in loaded}) == different
     manifests = [read_manifest(run / "checkpoints" / "step_000020") for run in (straight, killed)]
     assert manifests[0] == manifests[1]  # every file's hash: weights and optimizer states
-
-
-@pytest.mark.slow
-def test_what_happens_while_a_checkpoint_is_written_loses_nothing(
-    calibrated: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """A stop on request, a failure of all ranks, a full disk; in step 3, while rank 1 writes the state after step 2."""
-    config, prepared_run = calibrated
-    overrides = ["distributed.ep=2", "unlearning.steps=50", "unlearning.save_every=2"]
-    ends = {}
-    for how in ("stopped", "failed", "full"):
-        run = copy_of(prepared_run, tmp_path / how)
-        ends[how] = end_of_ranks(jobs.unlearn_job_disturbed, 2, str(config), str(run), overrides, how, 4, 2)
-    assert all("StopRequested: stopped after step" in end for end in ends["stopped"]), ends
-    stopped = newest_complete(tmp_path / "stopped/checkpoints")[0]
-    assert complete_steps(tmp_path / "stopped/checkpoints") == ([2, stopped], []) and stopped > 2
-    assert all("it went wrong on all ranks" in end for end in ends["failed"]), ends
-    assert complete_steps(tmp_path / "failed/checkpoints") == ([2], [])  # it was under way, and is complete
-    shard = "step_000002.tmp-[0-9]+/zero_pp_rank_1_mp_rank_00_(model|optim)_states.pt"
-    assert re.search(rf"OSError: \[Errno 27\] File too large: .*{shard}", ends["full"][1]), ends
-    assert ends["full"][0].rstrip().endswith("AgreedError"), ends
-    assert complete_steps(tmp_path / "full/checkpoints") == ([], [])
-    assert len(losses_of(tmp_path / "full")) >= 2
-    for run in ("stopped", "failed", "full"):
-        checkpoints = tmp_path / run / "checkpoints"
-        assert bool(list(checkpoints.glob("*.tmp-*"))) == (run == "full")
-        remove_leftovers(checkpoints, MADE_IN["checkpoints"])  # as a job does at its start, under the lock
-        assert not list(checkpoints.glob("*.tmp-*"))
-        run_distributed(jobs.unlearn_job, 2, str(config), str(tmp_path / run), [*overrides, "unlearning.steps=6"])
-        assert newest_complete(checkpoints) == (6, [])
-    manifests = [read_manifest(tmp_path / run / "checkpoints/step_000006") for run in ("stopped", "failed", "full")]
-    assert manifests[0] == manifests[1] == manifests[2]
 
 
 @pytest.mark.slow

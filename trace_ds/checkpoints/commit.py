@@ -1,24 +1,17 @@
 """Saving and loading a job's state through DeepSpeed, so that no crash leaves half a checkpoint.
 
-1. all ranks copy their state to host memory, or write it at once, into step_N.tmp-ID/ (DeepSpeed, save_latest=False)
-2. each rank writes what it copied, hashes what it writes and fsyncs its files
-3. all ranks agree that all is written; 4. the main process writes manifest.json, last
-5. rename to step_N/ and fsync the directory; 6. replace ``latest``; 7. prune, never the newest two
-
-Training waits for 1 and 3. The rest is done by a thread of each rank, which takes part in no collective: after every
-step all ranks learn whether one of them is still writing, and go on together where none is (:meth:`Saver.poll`).
+1. all ranks write their state into step_N.tmp-ID/ (DeepSpeed, save_latest=False), hash what they write and fsync it
+2. all ranks agree that all is written; 3. the main process writes manifest.json, last
+4. rename to step_N/ and fsync the directory; 5. replace ``latest``; 6. prune, never the newest two
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
-from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +26,7 @@ from trace_ds.checkpoints.manifest import (
     verify,
     wrong_latest,
 )
-from trace_ds.errors import JobFailed, StopRequested, UserError
-from trace_ds.parallel.environment import available_memory_bytes
+from trace_ds.errors import JobFailed, UserError
 from trace_ds.run.files import fsync_directory
 from trace_ds.run.ours import MANIFEST, require_directory
 
@@ -42,144 +34,55 @@ if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.run.log import StageLog
 
-ASK_EVERY_S = 0.2
-HOST_SHARE = 0.5  # of the free memory: torch rounds page-locked copies up to powers of two, and training goes on
 
-
-class Saver:
-    """Saves the states of a job's engine by the protocol above, one after the other. Every call is collective.
-
-    As a context, it comes back with nothing in flight, also when all ranks leave together (:class:`JobFailed`,
-    :class:`StopRequested`); any other error ends a rank in the middle, as a kill would.
+def save(engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, keep: int, log: StageLog) -> None:
+    """Save the state of a job's engine by the protocol above (collective).
 
     Args:
-        log: gets an event for every complete checkpoint, with how long training stood still for it.
+        manifest: everything but ``files``.
         keep: newest checkpoints kept, at least 2.
-        background: whether training may go on while files are written.
+        log: gets an event, with how long training stood still for it.
+
+    Raises:
+        OSError: this rank could not write (AgreedError: another one could not); no checkpoint is there then.
     """
+    began_s = time.monotonic()
+    temporary = Path(world.broadcast(str(checkpoints / f"{step_name(manifest.step)}.tmp-{os.getpid()}")))
 
-    def __init__(
-        self, engine: Any, world: World, checkpoints: Path, log: StageLog, *, keep: int, background: bool = True
-    ) -> None:
-        self._engine, self._world, self._checkpoints = engine, world, checkpoints
-        self._keep, self._background, self._log = keep, background, log
-        self._files = engine.checkpoint_engine.files
-        self._ranks_here = world.gather(platform.node()).count(platform.node())
-        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
-        self._work: futures.Future[Any] | None = None  # of the save in flight
-        self._then: Callable[[Any], None]  # called with its result when every rank's work is done
-        self._warned = False
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, (JobFailed, StopRequested)):
-            from trace_ds.parallel.world import AgreedError
-
-            try:
-                self.finish()
-            except (OSError, AgreedError) as error:
-                if kind is None or not issubclass(kind, JobFailed):
-                    raise
-                reason = error or "another process could not"  # why the job failed is what the user must read
-                self._log.line(f"WARNING the last checkpoint was not written: {reason}")
-        self._thread.shutdown(wait=False)
-
-    def save(self, manifest: Manifest, *, wait: bool = False) -> None:
-        """Save the engine's state once the save before is through.
-
-        Args:
-            manifest: everything but ``files``.
-            wait: nothing is copied, and the checkpoint is complete on return.
-        """
-        began_s = time.monotonic()
-        self.finish()
-        # a copy: the job goes on updating its trainer state while a thread writes this one
-        manifest, copied = copy.deepcopy(manifest), self._background and not wait
-        temporary = self._checkpoints / f"{step_name(manifest.step)}.tmp-{os.getpid()}"
-        temporary = Path(self._world.broadcast(str(temporary)))
-        self._files.begin(self._room_bytes() if copied else 0.0)
-        if self._world.is_main:
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
+    def begin() -> None:
+        if world.is_main:
+            checkpoints.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
-        self._world.barrier()  # no rank makes copies before all have seen how much memory is free
-        self._engine._copy_recovery_script = lambda folder: None  # DeepSpeed's zero_to_fp32.py, beside every one
-        self._engine.save_checkpoint(
-            str(self._checkpoints),
-            tag=temporary.name,
-            client_state={"trace_ds_step": manifest.step},
-            save_latest=False,
-        )
-        self._submit(self._files.write, lambda written: self._gather_and_publish(manifest, temporary, written, copied))
-        self._waited_s = time.monotonic() - began_s
-        if not copied:
-            self.finish()
 
-    def poll(self) -> None:
-        """Go on with the save in flight, if there is one and every rank has written what it had to.
+    world.run_on_all_ranks(begin)
+    files = engine.checkpoint_engine.files
+    files.begin()
+    engine._copy_recovery_script = lambda folder: None  # DeepSpeed's zero_to_fp32.py, beside every one
+    engine.save_checkpoint(
+        str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
+    )
+    root = os.path.abspath(temporary)
+    written = {os.path.relpath(path, root): entry for path, entry in world.run_on_all_ranks(files.finish).items()}
+    parts = world.gather(written)
 
-        Raises:
-            OSError: this rank could not write (AgreedError: another one could not); the save is given up.
-        """
-        if self._work is not None and not self._world.max_int(int(not self._work.done())):
-            work, self._work = self._work, None
-            self._then(self._world.run_on_all_ranks(work.result))
+    def publish() -> None:
+        if not world.is_main:
+            return
+        replace(manifest, files={name: entry for part in parts for name, entry in part.items()}).write(temporary)
+        fsync_directory(temporary)
+        destination = checkpoints / step_name(manifest.step)
+        if destination.exists():  # left by a kill between two of these lines in an earlier attempt
+            set_aside(destination)
+        os.replace(temporary, destination)
+        fsync_directory(checkpoints)
+        settle(checkpoints, manifest.step, keep)
 
-    def finish(self) -> None:
-        """Wait until no save is in flight (collective); polls, so that no rank waits long in a collective."""
-        while self._work is not None:
-            futures.wait([self._work], ASK_EVERY_S)
-            self.poll()
-
-    def _submit(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        self._work, self._then = self._thread.submit(work), then
-
-    def _gather_and_publish(
-        self, manifest: Manifest, temporary: Path, written: dict[str, dict[str, Any]], copied: bool
-    ) -> None:
-        """Every rank has written its files (path -> size and hash): the main process's thread does the rest."""
-        root = os.path.abspath(temporary)
-        relative = {os.path.relpath(path, root): entry for path, entry in written.items()}
-        parts = self._world.gather((relative, self._files.uncopied_bytes))
-        files = {name: entry for part, _ in parts for name, entry in part.items()}
-        uncopied_bytes = max(size for _, size in parts)
-        if copied and uncopied_bytes and not self._warned:
-            self._warned = True
-            self._log.line(
-                f"training waits while checkpoints are written: for {uncopied_bytes / 1e9:.2g} GB of a rank's state "
-                "there is no room in host memory"
-            )
-
-        def publish() -> None:
-            replace(manifest, files=files).write(temporary)
-            fsync_directory(temporary)
-            destination = self._checkpoints / step_name(manifest.step)
-            if destination.exists():  # left by a kill between two of these lines in an earlier attempt
-                set_aside(destination)
-            os.replace(temporary, destination)
-            fsync_directory(self._checkpoints)
-            settle(self._checkpoints, manifest.step, self._keep)
-
-        def log_it(_: None) -> None:
-            self._log.event("checkpoint", step=manifest.step, waited_s=round(self._waited_s, 3))
-
-        self._submit(publish if self._world.is_main else lambda: None, log_it)
-
-    def _room_bytes(self) -> float:
-        """Host memory that the copies of this rank may take."""
-        free = float(available_memory_bytes())
-        if self._world.device.type == "cuda":  # what torch has kept page-locked since the save before
-            import torch
-
-            stats = torch.cuda.host_memory_stats()
-            unused = stats.get("allocated_bytes.current", 0) - stats.get("active_bytes.current", 0)
-            free += self._ranks_here * unused
-        return HOST_SHARE * free / self._ranks_here
+    world.run_on_all_ranks(publish)
+    log.event("checkpoint", step=manifest.step, waited_s=round(time.monotonic() - began_s, 3))
 
 
 def settle(checkpoints: Path, step: int, keep: int) -> None:
-    """Steps 6 and 7 for a checkpoint that is there: after the rename, or later when a kill fell in between."""
+    """Steps 5 and 6 for a checkpoint that is there: after the rename, or later when a kill fell in between."""
     point_latest(checkpoints, step)
     for old in complete_steps(checkpoints)[0][: -max(keep, 2)]:
         discard(checkpoints / step_name(old))

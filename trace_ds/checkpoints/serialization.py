@@ -5,10 +5,6 @@ We replace its two file operations: only tensors, containers, numbers and text a
 :mod:`trace_ds.tensors.torch_archive`, which also loads. Equal states pickled before and after a resume differ in
 which equal strings are one object, so states are rebuilt first: equal states give equal files, and a resumed job's
 checkpoints can be compared by hash.
-
-A file is written at once, or held: pickled and its storages copied to host memory, so that training may change the
-state while a thread writes the very same bytes. What torch does in between is private to it (``_save`` and
-``_open_zipfile_writer`` of ``torch/serialization.py``) and known here only.
 """
 
 from __future__ import annotations
@@ -17,15 +13,11 @@ import dataclasses
 import enum
 import hashlib
 import os
-import pickle
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import serialization as theirs
-from torch.utils.serialization import config as torch_saving
 
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.tensors.torch_archive import LazyTensor, exchanged, read_archive
@@ -34,48 +26,30 @@ OPTIMIZER, LOSS_SCALER = "optimizer_state_dict", "loss_scaler"
 
 
 class ShardFiles:
-    """The file operations of a DeepSpeed engine: the files that it holds to be written, and those that it wrote."""
+    """The file operations of a DeepSpeed engine, and the files of the checkpoint that it is writing."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._room_bytes, self.uncopied_bytes = 0.0, 0
-        self._copies: list[tuple[str | Path, _Copied]] = []
-        self._failed: OSError | None = None
-        self._written: dict[str, dict[str, Any]] = {}
+        self.begin()
 
-    def begin(self, room_bytes: float) -> None:
-        """Begin a checkpoint: files are held while copies of their tensors fit into so much host memory, and written at
-        once where they do not."""
-        self._room_bytes, self.uncopied_bytes = room_bytes, 0
-        self._copies, self._written, self._failed = [], {}, None
+    def begin(self) -> None:
+        """Begin a checkpoint."""
+        self._written: dict[str, dict[str, Any]] = {}
+        self._failed: OSError | None = None
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        state = _plain(state_dict, {})
-        # by storage: what several tensors share is copied and written once
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(state)}
-        size = sum(storage.nbytes() for storage in storages.values())
-        taken = sum(map(_memory_of_copy, storages.values()))
-        if taken < self._room_bytes:
-            try:
-                self._copies.append((path, _Copied(state, storages)))
-                self._room_bytes -= taken
-                return
-            except (RuntimeError, MemoryError):  # there was less than there seemed to be
-                self._room_bytes = 0.0
-        self.uncopied_bytes += size
+        """Write a file onto the disk. What goes wrong is raised by :meth:`finish`: the other ranks wait for this one
+        inside DeepSpeed."""
         if self._failed is None:
             try:
-                self._written[os.path.abspath(path)] = _write(path, lambda out: torch.save(state, out))
-            except OSError as error:  # the other ranks wait for this one inside DeepSpeed: `write` raises it
+                self._written[os.path.abspath(path)] = _write(path, _plain(state_dict, {}))
+            except OSError as error:
                 self._failed = error
 
-    def write(self) -> dict[str, dict[str, Any]]:
-        """Write what is held (any thread may); path -> {bytes, sha256} of every file of the checkpoint."""
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """path -> {bytes, sha256} of every file of the checkpoint; OSError where one could not be written."""
         if self._failed is not None:
             raise self._failed
-        while self._copies:
-            path, copied = self._copies.pop(0)
-            self._written[os.path.abspath(path)] = _write(path, copied.into)
         return self._written
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
@@ -92,46 +66,6 @@ def install(engine: Any) -> None:
     """Make a DeepSpeed engine save and load its checkpoint files through this module."""
     engine.checkpoint_engine.files = files = ShardFiles(engine)
     engine.checkpoint_engine.load, engine.checkpoint_engine.save = files.load, files.save
-
-
-def _memory_of_copy(storage: torch.UntypedStorage) -> int:
-    """Host memory that a copy takes: torch gives page-locked memory by powers of two."""
-    size = storage.nbytes()
-    return size if storage.device.type == "cpu" else 1 << max(size - 1, 0).bit_length()
-
-
-class _Copied:
-    """The records of a shard file, in host memory; takes the place of torch's archive while they are made.
-
-    torch itself copies what is on a device (into page-locked memory, which it keeps for the next time).
-    """
-
-    def __init__(self, state: Any, storages: dict[int, torch.UntypedStorage]) -> None:
-        self._live = {place for place, storage in storages.items() if storage.device.type == "cpu"}
-        self._records: list[tuple[str, Any, int]] = []
-        with torch_saving.patch("save.use_pinned_memory_for_d2h", True):  # type: ignore[attr-defined]
-            theirs._save(state, self, pickle, theirs.DEFAULT_PROTOCOL, False)
-
-    def write_record(self, name: str, data: Any, size: int) -> None:
-        # torch hands over copies of what is on a device, and host memory as it is, which the next step would change
-        if isinstance(data, torch.UntypedStorage) and data.data_ptr() in self._live:
-            data = torch.UntypedStorage(size).copy_(data)
-        self._records.append((name, data, size))
-
-    def into(self, out: Any) -> None:
-        """What ``torch.save`` of the state would write."""
-        with theirs._open_zipfile_writer(out) as archive:
-            for record in self._records:
-                archive.write_record(*record)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Those in plain data."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
 
 
 class _Hashing:
@@ -174,8 +108,8 @@ def open_shard(path: Path) -> Any:
         raise UserError(f"the shard cannot be loaded safely ({error.problem})", str(path), fix) from None
 
 
-def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:
-    """Write a shard file, which ``fill`` fills, onto the disk; its ``bytes`` and ``sha256``.
+def _write(path: str | Path, state: Any) -> dict[str, Any]:
+    """Write a shard file of plain data onto the disk; its ``bytes`` and ``sha256``.
 
     Raises:
         OSError: it cannot be written (no space left, …); names the file.
@@ -183,9 +117,9 @@ def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:
     """
     try:
         with Path(path).open("wb") as handle:
-            out = _Hashing(handle)
+            out: Any = _Hashing(handle)
             try:
-                fill(out)
+                torch.save(state, out)
             except RuntimeError as error:  # torch wraps what its output raises
                 raise (out.error or error) from None
             handle.flush()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from trace_ds.checkpoints import serialization
-from trace_ds.checkpoints.commit import Saver
+from trace_ds.checkpoints.commit import save
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.sections.training import BETAS, TrainingConfig
 from trace_ds.errors import JobFailed, StopRequested
@@ -87,8 +87,8 @@ def train(
 ) -> None:
     """Train from step ``manifest.step`` to ``steps``, or to where ``evaluator`` ends the job, saving as configured.
 
-    Only a state whose weights, moments and next losses are finite is saved. Steps go on while a checkpoint is written;
-    on return, and when all ranks fail alike, it is complete. ``manifest.trainer_state`` is updated in place.
+    Only a state whose weights, moments and next losses are finite is saved. ``manifest.trainer_state`` is updated in
+    place.
 
     Raises:
         StopRequested: the stop file appeared, SIGTERM or SIGINT came; a complete checkpoint was saved.
@@ -100,14 +100,7 @@ def train(
     if evaluator is not None:
         evaluator.begin(engine, trainer_state, manifest.step)
     factor = rate_factor(settings.optimizer.schedule, steps)
-    saver = Saver(
-        engine,
-        world,
-        run.checkpoints,
-        log,
-        keep=max(settings.keep, 2),  # while it trains
-    )
-    with termination_noted() as terminated, saver:
+    with termination_noted() as terminated:
         # one process looks at the shared storage, each at its own signals: run_step sums what they say
         def stop_requested() -> bool:
             return terminated() or (world.is_main and any(path.is_file() for path in run.stop_files))
@@ -120,7 +113,6 @@ def train(
             stop = bool(values.pop("stop"))
             # run_step has read its losses from the device, so all of the step's work is done by now
             tokens_per_s = data.tokens / (time.monotonic() - began_s)
-            saver.poll()
             memory_gb = peak_memory_bytes(world.device) / 1e9
             log.scalars(done, **values, tokens_per_s=tokens_per_s, memory_gb=memory_gb)
             progress.advance(1, **{name: values[f"loss_{name}"] for name in objective.factors})
@@ -134,7 +126,7 @@ def train(
                 current = replace(
                     manifest, step=done, trainer_state={**trainer_state, **objective.state(), "step": done}
                 )
-                saver.save(current, wait=last or stop)
+                save(engine, world, run.checkpoints, current, keep=max(settings.keep, 2), log=log)
             if last:
                 break
             if stop:
