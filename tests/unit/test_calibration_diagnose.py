@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
             any(words in w for w in warnings) for words in ("(lambda)", "of the frequency gap", "are nearly equal")
         ]
         assert tuple(shown) == target, (rule, floor, warnings)
+
+
+def test_weights_that_widen_the_gap_are_called_that_and_the_advice_changes_something(tmp_path) -> None:
+    forget, retain = worlds(0.2)
+    for experts in ("all", "selected"):
+        detection, made = calibrated(forget, retain, tmp_path, experts=experts, ess_floor=0.98)
+        away_LE = 1.5 * detection.retain_LE - 0.5 * detection.forget_LE
+        config = CalibrationConfig(experts=experts)
+        warnings = " ".join(find_warnings(config, detection, replace(made, achieved_LE=away_LE), False))
+        assert "widen the frequency gap by 50%" in warnings and "(lambda)" in warnings
+        assert ("calibration.experts: selected" in warnings) == (experts == "all")
 
 
 def test_shares_and_documents_against_the_slow_way() -> None:

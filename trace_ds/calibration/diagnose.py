@@ -130,6 +130,11 @@ def row_ess(result: RuleResult) -> float:
     return float(row.sum() ** 2 / (len(row) * (row**2).sum())) if len(row) else 1.0
 
 
+def fewer_experts(config: CalibrationConfig) -> str:
+    """The advice to match fewer experts, where it would change anything."""
+    return "use fewer experts (calibration.experts: selected), " if config.experts == "all" else ""
+
+
 def find_warnings(config: CalibrationConfig, detection: Detection, result: RuleResult, by_rows: bool) -> list[str]:
     """Plain sentences about everything that did not work out, most important first.
 
@@ -157,11 +162,16 @@ def find_warnings(config: CalibrationConfig, detection: Detection, result: RuleR
         if result.strength < LEAST_STRENGTH and not by_rows:  # rows have a floor of their own
             lines.append(
                 f"the weights go only {result.strength:.0%} of the way to the forget frequencies (lambda): more would "
-                "leave too few effective tokens; lower calibration.ess_floor, use fewer experts (calibration.experts: "
-                "selected), or add retain text close to the forget domain"
+                f"leave too few effective tokens; lower calibration.ess_floor, {fewer_experts(config)}or add retain "
+                "text close to the forget domain"
             )
         closed = gap_closed(detection, result)
-        if closed < LEAST_CLOSED:
+        if closed < 0:
+            lines.append(
+                f"the weights widen the frequency gap by {-closed:.0%}: the same retain text selects "
+                "the experts it should raise and lower; set calibration.rule: uniform, or add retain text close to the forget domain"
+            )
+        elif closed < LEAST_CLOSED:
             lines.append(f"the weights close {closed:.1%} of the frequency gap: they will do next to nothing")
         if by_rows and row_ess(result) > MOST_ROW_ESS:
             lines.append(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trace_ds.calibration.detect import Detection, detect
-from trace_ds.calibration.diagnose import DocumentSources, diagnose
+from trace_ds.calibration.diagnose import DocumentSources, diagnose, fewer_experts
 from trace_ds.calibration.rules import (
     RuleResult,
     WeightRequest,
@@ -202,7 +202,7 @@ def refuse_useless(config: Config, calibrated: RuleResult, run: RunDirectory) ->
             f"the solver ended short of its targets after {raking.passes} passes over all tokens (lambda "
             f"{raking.strength:.3f}): frequencies miss them by up to {raking.error:.1e}",
             str(run.calibration),
-            "use fewer experts (calibration.experts: selected) or another calibration.ess_floor",
+            f"{fewer_experts(settings)}set another calibration.ess_floor, or calibration.rule: uniform",
         )
     if calibrated.scope_LE.any() and calibrated.ess > UNIFORM_ESS and settings.ess_floor <= UNIFORM_ESS:
         raise UserError(
@@ -230,7 +230,10 @@ def calibration_summary(calibration: Artefact) -> str:
     """One line on a calibration: its experts, its effect, its warnings."""
     d = read_object(calibration.file("diagnosis.json"), "the diagnosis", calibration.fix)
     experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
-    effect = f"{d['rule']} closes {d['gap_closed']:.0%} of the gap" if d["constraints"] else f"{d['rule']} weights"
+    closed, effect = d["gap_closed"], f"{d['rule']} weights"
+    if d["constraints"]:
+        change = f"closes {closed:.0%} of the gap" if closed >= 0 else f"WIDENS the gap by {-closed:.0%}"
+        effect = f"{d['rule']} {change}"
     warnings = len(d["warnings"])
     many = f", {warnings} warning{'s' * (warnings > 1)} in diagnosis.json" if warnings else ""
     return f"{experts}, {effect}{many}"
