@@ -169,7 +169,8 @@ def find_warnings(config: CalibrationConfig, detection: Detection, result: RuleR
         if closed < 0:
             lines.append(
                 f"the weights widen the frequency gap by {-closed:.0%}: the same retain text selects "
-                "the experts it should raise and lower; set calibration.rule: uniform, or add retain text close to the forget domain"
+                "the experts it should raise and lower; set calibration.rule: uniform, or add retain text close "
+                "to the forget domain"
             )
         elif closed < LEAST_CLOSED:
             lines.append(f"the weights close {closed:.1%} of the frequency gap: they will do next to nothing")
