@@ -66,10 +66,10 @@ def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
 def test_weights_that_widen_the_gap_are_called_that_and_the_advice_changes_something(tmp_path) -> None:
     forget, retain = worlds(0.2)
     for experts in ("all", "selected"):
-        detection, made = calibrated(forget, retain, tmp_path, experts=experts, ess_floor=0.98)
+        detection, weights = calibrated(forget, retain, tmp_path, experts=experts, ess_floor=0.98)
         away_LE = 1.5 * detection.retain_LE - 0.5 * detection.forget_LE
         config = CalibrationConfig(experts=experts)
-        warnings = " ".join(find_warnings(config, detection, replace(made, achieved_LE=away_LE), False))
+        warnings = " ".join(find_warnings(config, detection, replace(weights, achieved_LE=away_LE), False))
         assert "widen the frequency gap by 50%" in warnings and "(lambda)" in warnings
         assert ("calibration.experts: selected" in warnings) == (experts == "all")
 
