@@ -212,11 +212,11 @@ FAULTS: list[tuple[Any, dict[str, Any], str]] = [
     (put("x.csv", b"text\ncaf\xe9\n"), {}, "x.csv:2: not UTF-8 (byte 3 of the line)"),
     (put("x.csv", b"a,text\n1,2\n1\n"), {}, "x.csv:3: the row has 1 cells, the first line 2"),
     (put("x.csv", b'text\n"never closed\n'), {}, "not CSV (unexpected end of data)"),
-    (put("x.csv", b"body\na\n"), {}, "x.csv:2: the line has no text under 'text'. Fix: it has 'body'"),
+    (put("x.csv", b"body\na\n"), {}, "x.csv:2: the line has no text under 'text'. Fix: it has body"),
     (
         put("x.jsonl", LINES),
         {"template": "{titel}"},
-        "under 'titel'. Fix: did you mean 'title'? it has 'title', 'text'",
+        "under 'titel'. Fix: did you mean 'title'? it has title, text",
     ),
     (put("x.txt", b"a b"), {"template": "{title}"}, "a text file has the columns text"),
     (put("x.json", b'[{"text": "a"}'), {}, "the file is not a JSON array"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.config.sections.data import TEXT, CorpusEntry, Template, columns_of, parts_of
-from trace_ds.corpora.records import TEXTS, Choose, file_kind, read_rows, stem_of, text_of
+from trace_ds.corpora.records import TEXTS, Choose, file_kind, nearest, read_rows, stem_of, text_of
 from trace_ds.corpora.sources import Named, files_of, open_table
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
@@ -256,10 +255,7 @@ def _text(record: Record, column: str) -> str:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return "\n".join(value)
     if not isinstance(value, str):
-        close = difflib.get_close_matches(column, record.values, 1)
-        hint = f"did you mean {close[0]!r}? " if close and close[0] != column else ""
-        names = ", ".join(map(repr, record.values)) or "nothing"
-        fix = f"{hint}it has {names}: set the corpus' template, or correct it"
+        fix = f"{nearest(column, list(record.values))}set the corpus' template, or correct the line"
         raise UserError(f"the line has no text under {column!r}", record.where, fix)
     return value
 

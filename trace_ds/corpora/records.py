@@ -11,7 +11,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,8 @@ def columns_to_read(schema: Any, choose: Choose, where: str) -> list[str]:
         for name in inner:
             exists = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
             kind = kind.field(name).type if exists else None
-        fix = f"set the corpus' template to one of {schema.names} in braces"
+        fix = f"{nearest(column, schema.names)}set the corpus' template to one of them in braces"
         if kind is None:
-            close = difflib.get_close_matches(column, schema.names, 1)
-            fix = f"did you mean {close[0]!r}? {fix}" if close else fix
             raise UserError(f"there is no column {column!r}", where, fix)
         while str(kind).startswith(("list", "large_list", "fixed_size_list", "dictionary")):
             kind = kind.value_type
@@ -106,6 +104,12 @@ def columns_to_read(schema: Any, choose: Choose, where: str) -> list[str]:
             raise UserError(f"the column {column!r} holds {kind}, no text", where, fix)
         columns.add(root)
     return [name for name in schema.names if name in columns]
+
+
+def nearest(wrong: str | None, names: Sequence[str]) -> str:
+    """The beginning of a fix: the name that was meant, if one is close, and the names that there are."""
+    close = [name for name in difflib.get_close_matches(wrong or "", names, 1) if name != wrong]
+    return (f"did you mean {close[0]!r}? " if close else "") + f"it has {', '.join(names) or 'none'}: "
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,6 @@ libraries is used in this file alone.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import glob
 import re
@@ -21,7 +20,16 @@ from typing import Any
 
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
-from trace_ds.corpora.records import FILE_KINDS, PARQUET_ROWS, Choose, can_read, columns_to_read, file_kind, first_line
+from trace_ds.corpora.records import (
+    FILE_KINDS,
+    PARQUET_ROWS,
+    Choose,
+    can_read,
+    columns_to_read,
+    file_kind,
+    first_line,
+    nearest,
+)
 from trace_ds.errors import UserError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -360,7 +368,7 @@ def _builder(named: Named, place: str, commit: str | None, key: str) -> Any:
         problem = (
             f"the data set has no configuration {named.config!r}" if named.config else "the configuration is missing"
         )
-        raise UserError(problem, named.dataset_id, f"{_nearest(named.config, names)}set config in {key}") from None
+        raise UserError(problem, named.dataset_id, f"{nearest(named.config, names)}set config in {key}") from None
     packaged = "datasets.packaged_modules."
     kinds = [kind.__name__ for kind in type(builder).__mro__ if kind.__module__.startswith(packaged)]
     if not set(kinds) & set(BUILDERS):
@@ -376,11 +384,11 @@ def _split(named: Named, names: list[Any], key: str) -> str:
         return names[0]
     if named.split is None:
         problem = "the data set has several splits, and none is named"
-        raise UserError(problem, named.dataset_id, f"{_nearest(None, names)}set split in {key}")
+        raise UserError(problem, named.dataset_id, f"{nearest(None, names)}set split in {key}")
     for split in split_names(named.split):
         if split not in names:
             problem = f"the data set has no split {split!r}"
-            raise UserError(problem, named.dataset_id, f"{_nearest(split, names)}set split in {key}")
+            raise UserError(problem, named.dataset_id, f"{nearest(split, names)}set split in {key}")
     return named.split
 
 
@@ -413,11 +421,6 @@ def _tables(parts: list[Any]) -> Iterator[Any]:
 
 def _name(name: str, named: Named, split: str) -> str:
     return "/".join([name, *([named.config] if named.config else []), *([split] if split != DEFAULT_SPLIT else [])])
-
-
-def _nearest(wrong: str | None, names: list[str]) -> str:
-    close = difflib.get_close_matches(wrong or "", names, 1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"it has {', '.join(names) or 'none'}: "
 
 
 @contextlib.contextmanager

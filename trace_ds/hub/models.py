@@ -112,11 +112,15 @@ def download_weights(name: HubName, commit: str, files: dict[str, int], advance:
     """
     from huggingface_hub import hf_hub_download
 
-    with ThreadPoolExecutor(DOWNLOADS) as pool, contextlib.suppress(Exception):
-        coming = {pool.submit(hf_hub_download, name.id, file, revision=commit): size for file, size in files.items()}
-        for future in as_completed(coming):
-            future.result()
-            advance(coming[future])
+    pool = ThreadPoolExecutor(DOWNLOADS)
+    coming = {pool.submit(hf_hub_download, name.id, file, revision=commit): size for file, size in files.items()}
+    try:
+        with contextlib.suppress(Exception):
+            for future in as_completed(coming):
+                future.result()
+                advance(coming[future])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def is_whole(folder: Path) -> bool:
