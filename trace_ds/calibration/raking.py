@@ -3,30 +3,31 @@
 Shape legend: N units (tokens), S constraints (layer, expert).
 
 Among all weights w ≥ 0 with mean 1, take the one closest to uniform in KL whose frequencies ``q_s(w) = Σ w a_s / Σ w``
-are the targets ``t(λ) = p^R + λ (p^F − p^R)``. The dual is convex, with one unknown a constraint:
+are the targets ``t(λ) = p^R + λ (p^F − p^R)``. The dual is convex, with one unknown per target:
 
     minimise  D(θ) = log mean exp(θ·a) − θ·t(λ) + ½ e Σ_s v_s θ_s²   over |θ_s| ≤ LARGEST_THETA,     w ∝ exp(θ·a)
 
     gradient  q(θ) − t(λ) + e v θ,      v_s = p_s (1 − p_s)
 
-(Deming & Stephan 1940; Deville & Särndal 1992, "raking ratio"; Hainmueller 2012, "entropy balancing"; that TRACE's
-weights are made so is our decision). λ is the largest in [0, 1] that keeps the effective sample size (Σw)²/(NΣw²) at
-or above a floor. Some targets are out of reach of any weights (:data:`REASONS`): :func:`offer` replaces those that can
-be told before solving. Two terms keep the others from spoiling the rest, whatever the number of tokens:
+(Deming & Stephan 1940; Deville & Särndal 1992, "raking ratio"; Hainmueller 2012, "entropy balancing"; using it for
+TRACE is our decision). λ is the largest in [0, 1] that keeps the effective sample size, as a share (Σw)²/(NΣw²) of N,
+at or above a floor. No weights reach some targets (:data:`REASONS`): :func:`feasible_targets` replaces those known
+before solving. For the others, two limits protect the solution at any number of tokens:
 
-* the *box*: an expert can change a weight by at most the factor exp(12). Of experts that no weights can match together
-  (copies of one another that should differ, say) some are given up at that price, and named; λ is never lowered for it;
-* the *ridge* e: the mean variance of the frequencies (clustered by document; by token where there is one document
-  alone) over v, times (S/N)² at most 1. Targets are missed by e v θ: far below the standard errors where there are
-  more tokens than constraints, of their order where exact matching would fit the weights to noise.
+* the *bounds*: an expert can change a weight by at most the factor exp(12). When targets conflict (identical experts
+  with different targets, say) some experts stop at the bound and are reported as tied; λ is not lowered for them;
+* the *ridge* e = Σ variances of the frequencies (clustered by document; by token if there is only one) / Σ v, times
+  min(1, S/N)². Targets are missed by e v θ: far below the standard errors if N is far above S, comparable to them
+  where exact matching would fit the weights to noise.
 
-**Solver.** L-BFGS-B (scipy) in units of √v, on a sample of at least 2^18 units held in memory, inside a search for λ
-along u(λ) = √log(1/ESS), which is nearly proportional to λ. On a larger corpus an exact pass then tells by how much
-frequencies and effective sample size differ from the sample's; the sample's targets and floor are shifted by just that
-and it is solved again (Shamir, Srebro & Zhang 2014, "DANE"), until the exact pass agrees.
+**Solver.** L-BFGS-B (scipy) in the variable θ√v, on a sample of at least 2^18 units held in memory, inside a search
+for λ along u(λ) = √log(1/ESS), which is nearly proportional to λ. On a larger corpus an exact pass measures by how
+much frequencies and effective sample size differ from the sample's; the sample's targets and floor are shifted by
+that and solved again (Shamir, Srebro & Zhang 2014, "DANE"), until the exact pass meets the tolerance.
 
-**Converged** means: each frequency is within :data:`TOLERANCE` of its target, or within a thousandth of its standard
-error where that is more, and the floor is met. Sums are in float64 over fixed blocks in a fixed order, so the result
+**Converged** means: off the bounds, the gradient of every expert over all units is within :data:`TOLERANCE`, or a
+thousandth of the standard error of its frequency where that is more; the floor is met; and λ is 1 or the effective
+sample size is at the floor. Sums are in float64 over fixed blocks in a fixed order, so the result
 does not depend on the number of threads.
 """
 
@@ -42,27 +43,27 @@ from trace_ds.calibration.units import Point, Units, evaluate
 REASONS = {  # why a target had to move
     "never": "no retain token selects it",
     "always": "every retain token selects it",
-    "rare": "retain text selects it too rarely",  # at most ``clip`` times its retain frequency is asked for
-    "tied": "no weights meet its target together with those of the others",  # seen once the dual is solved
+    "rare": "its target changes its retain frequency by more than the factor calibration.clip",
+    "tied": "its target conflicts with other experts' targets",  # seen once the dual is solved
 }
 LARGEST_THETA = 12.0
 TOLERANCE, STANDARD_ERRORS = 1e-6, 1e-3
-ROUGH, FINE = 1e-4, 1e-7  # largest gradient left, in units of √v: while λ is far off, and in the end
-FLOOR_WINDOW = 2e-4  # the effective sample size ends between the floor and this much more of it
+ROUGH, FINE = 1e-4, 1e-7  # tolerances of the gradient over √v: while λ is far off; of the last solve
+FLOOR_WINDOW = 2e-4  # relative excess of the effective sample size over the floor that the search accepts
 LEAST_RIDGE = 1e-9
 SAMPLE_UNITS, SAMPLE_UNITS_PER_CONSTRAINT = 1 << 18, 64
-MAX_PASSES = 2000  # of one minimisation, over the sample
+MAX_PASSES = 2000  # iterations and evaluations of one L-BFGS-B minimisation
 MAX_STRENGTHS = 60  # values of λ tried on the sample
 MAX_ROUNDS = 30  # exact passes over a corpus larger than the sample
 
 
-def offer(
+def feasible_targets(
     scope_LE: np.ndarray, retain_S: np.ndarray, forget_S: np.ndarray, clip: float
 ) -> tuple[np.ndarray, list[str]]:
-    """(the closest targets that may be feasible, a key of REASONS or '' for each).
+    """Return the targets without obvious conflicts, and for each the key of REASONS why it was changed, or ''.
 
-    Inside a layer all of whose experts are constrained, the others take up what the fixed ones leave, by one common
-    shift of their log-odds (the Bernoulli-KL projection on Σ = K). Our decision.
+    In a layer all of whose experts are constrained, one common shift of the log-odds of the unchanged experts makes the
+    targets sum to K again (the Bernoulli-KL projection on Σ = K). Our decision.
     """
     target_S = np.asarray(forget_S, np.float64).copy()
     reason_S = [""] * len(target_S)
@@ -111,17 +112,17 @@ class Problem:
 
     @property
     def variance_S(self) -> np.ndarray:
-        """Of a token's activations; 0 where they are all alike, and θ then stays 0."""
+        """Variance of an expert's activation at a token; 0 where it is constant, and θ then stays 0."""
         return _variance(self.retain_S)
 
     def miss_S(self, point: Point, strength: float) -> np.ndarray:
-        """By how much each optimality condition is missed; 0 on the box."""
+        """Absolute gradient of each expert; 0 where θ is at its bound."""
         gradient_S = point.frequency_S - self.retain_S - strength * self.shift_S
         gradient_S += self.ridge * self.variance_S * point.theta_S
-        return np.where((self.variance_S > 0) & ~on_box(point.theta_S), np.abs(gradient_S), 0.0)
+        return np.where((self.variance_S > 0) & ~at_bound(point.theta_S), np.abs(gradient_S), 0.0)
 
 
-def on_box(theta_S: np.ndarray) -> np.ndarray:
+def at_bound(theta_S: np.ndarray) -> np.ndarray:
     return np.abs(theta_S) > LARGEST_THETA - 1e-9
 
 
@@ -131,20 +132,20 @@ def _variance(frequency_S: np.ndarray) -> np.ndarray:
 
 
 def balanced(scope_LE: np.ndarray, change_S: np.ndarray, variance_S: np.ndarray) -> np.ndarray:
-    """The change of frequencies without what none can give: the experts of a layer that is constrained whole sum to K.
-    The excess is taken from each in proportion to its variance."""
+    """Make the changes of each fully constrained layer sum to 0, since its frequencies always sum to K: the excess is
+    spread over its experts in proportion to their variance."""
     layer_S = np.nonzero(scope_LE)[0]
     excess_L, variance_L = (np.bincount(layer_S, x_S, len(scope_LE)) for x_S in (change_S, variance_S))
-    whole_L = scope_LE.all(axis=1) & (variance_L > 0)
-    share_L = np.where(whole_L, excess_L / np.where(variance_L > 0, variance_L, 1.0), 0.0)
+    constrained_L = scope_LE.all(axis=1) & (variance_L > 0)
+    share_L = np.where(constrained_L, excess_L / np.where(variance_L > 0, variance_L, 1.0), 0.0)
     return change_S - variance_S * share_L[layer_S]
 
 
 class SampleDual:
-    """The dual of a sample of the units, which stands for all of them.
+    """The dual on a sample, solved in place of the dual over all units.
 
-    An expert's change is asked of the sample's frequencies in proportion to its variance there, so that an expert of a
-    few sampled tokens is asked for what they can give. One that no sampled token selects (or all do) is taken to be
+    Each expert's change is scaled by the ratio of its variances in the sample and in the corpus, so that one that few
+    sampled tokens select gets a feasible target. One that no sampled token selects (or all do) is taken to be
     independent of the others, with the variance it has in the corpus.
     """
 
@@ -159,7 +160,7 @@ class SampleDual:
         self._shift_S = balanced(problem.scope_LE, problem.shift_S * self._ratio_S, self._variance_S)
 
     def first_strength(self, distance: float) -> float:
-        """λ at which u would be ``distance`` if the experts were independent and scores normal."""
+        """λ at which u would be ``distance`` for independent experts and normally distributed θ·a."""
         used_S = self._variance_S > 0
         slope = float(np.sqrt((self._shift_S[used_S] ** 2 / self._variance_S[used_S]).sum()))
         return min(1.0, distance / slope) if slope > 0 else 1.0
@@ -176,12 +177,12 @@ class SampleDual:
         return Point(theta_S, log_mean, frequency_S, point.ess, point.max_weight)
 
     def minimize(self, theta_S: np.ndarray, strength: float, tolerance: float) -> Point:
-        """The minimum at one λ, from a θ near it."""
+        """Minimise the dual at one λ (``strength``), starting at ``theta_S``."""
         from scipy import optimize
 
         target_S, variance_S, ridge = self._base_S + strength * self._shift_S, self._variance_S, self._problem.ridge
         free_S = variance_S > 0
-        # In units of √v the Hessian has a diagonal of 1 at θ = 0, whatever the frequencies: L-BFGS starts from it.
+        # In θ√v the diagonal of the Hessian at θ = 0 is about 1 for every expert, as L-BFGS's first step assumes.
         scale_S = np.sqrt(np.where(free_S, variance_S, 1.0))
         last: list[Point] = []
 
@@ -204,14 +205,14 @@ class SampleDual:
             method="L-BFGS-B",
             bounds=optimize.Bounds(-box_S, box_S),
             callback=report,
-            # the gradient alone ends it: near the minimum D changes by less than float64 resolves
+            # stop on the gradient alone: near the minimum, changes of D are below the precision of float64
             options={"maxcor": 20, "maxiter": MAX_PASSES, "maxfun": MAX_PASSES, "ftol": 0.0, "gtol": tolerance},
         )
         theta_S = solution.x / scale_S
         return last[0] if np.array_equal(last[0].theta_S, theta_S) else self.at(theta_S)
 
     def temper(self, floor: float, theta_S: np.ndarray, strength: float) -> tuple[Point, float]:
-        """(the minimum at the largest λ that keeps the floor, λ), from a θ and λ near them."""
+        """Return the minimum at the largest λ that keeps the floor, and that λ; ``theta_S`` and ``strength`` start."""
         target = _distance(floor * (1.0 + FLOOR_WINDOW / 2))
         keeps, breaks, tolerance = 0.0, np.inf, ROUGH
         for _ in range(MAX_STRENGTHS):
@@ -242,7 +243,7 @@ class SampleDual:
         return problem.miss_S(point, strength)
 
     def correct(self, sampled: Point, exact: Point) -> None:
-        """Shift the targets so that the sample lacks at this θ what the corpus lacks."""
+        """Shift the targets so that sample and corpus miss them by the same amount at this θ."""
         lacks_S = (exact.frequency_S - self._problem.retain_S) * self._ratio_S
         self._base_S = sampled.frequency_S - balanced(self._problem.scope_LE, lacks_S, self._variance_S)
 
@@ -257,9 +258,13 @@ class RakingResult:
     """The outcome of :func:`rake`.
 
     Attributes:
-        theta_S, point: the solution over all units. target_S: the targets t(λ) in the end.
+        theta_S, point: the solution over all units.
+        target_S: the targets t(λ) at the final λ.
         offered_S: the closest feasible targets at λ = 1; reason_S: why one is not the forget frequency, or ''.
-        strength: λ. passes: over all units. error: largest miss off the box. converged: see the module's docstring.
+        strength: λ.
+        passes: number of passes over all units.
+        error: largest absolute gradient off the bounds.
+        converged: see the module's docstring.
     """
 
     theta_S: np.ndarray
@@ -286,14 +291,15 @@ def rake(
     """The weights that move the frequencies of ``units`` towards ``forget_S``, as far as ``ess_floor`` lets them.
 
     Args:
-        forget_S, retain_S: frequencies wanted, and those of the corpus at equal weights. Where the units are in memory
-            they are all there is to solve on, and may be a sample of that corpus.
-        clip: largest ratio of frequencies asked of an expert. ess_floor: least effective sample size.
-        error_S: standard errors of the frequencies, clustered by document (None: 0; not finite: not known).
+        forget_S, retain_S: target frequencies, and those of the corpus at equal weights. ``units`` held in memory may
+            be a sample of that corpus; nothing else is then read.
+        clip: largest ratio between an expert's target and its retain frequency.
+        ess_floor: least effective sample size, as a share of the units.
+        error_S: standard errors of the frequencies, clustered by document (None: 0; where not finite: by token).
         log: receives lines of progress.
     """
     retain_S, forget_S = np.asarray(retain_S, np.float64), np.asarray(forget_S, np.float64)
-    offered_S, reason_S = offer(units.scope_LE, retain_S, forget_S, clip)
+    offered_S, reason_S = feasible_targets(units.scope_LE, retain_S, forget_S, clip)
     variance_S = _variance(retain_S)
     shift_S = balanced(units.scope_LE, offered_S - retain_S, variance_S)
     nothing_S = np.zeros(len(retain_S))
@@ -304,16 +310,16 @@ def rake(
 
     error_S = nothing_S if error_S is None else np.asarray(error_S, np.float64)
     error_S = np.where(np.isfinite(error_S), error_S, np.sqrt(variance_S / units.number))
-    noise = float((error_S**2).sum() / variance_S.sum()) * min(1.0, len(retain_S) / units.number) ** 2
-    problem = Problem(units.scope_LE, retain_S, shift_S, max(noise, LEAST_RIDGE))
+    ridge = float((error_S**2).sum() / variance_S.sum()) * min(1.0, len(retain_S) / units.number) ** 2
+    problem = Problem(units.scope_LE, retain_S, shift_S, max(ridge, LEAST_RIDGE))
     allowed_S = np.maximum(TOLERANCE, STANDARD_ERRORS * error_S)
     point, strength, miss_S, passes = _solve(units, problem, ess_floor, allowed_S, threads, log)
 
-    boxed_S = on_box(point.theta_S)
-    for s in np.flatnonzero(boxed_S):
+    bound_S = at_bound(point.theta_S)
+    for s in np.flatnonzero(bound_S):
         reason_S[s] = reason_S[s] or "tied"
-    target_S = np.where(boxed_S, point.frequency_S, retain_S + strength * shift_S)
-    offered_S = np.where(boxed_S, point.frequency_S, retain_S + shift_S)
+    target_S = np.where(bound_S, point.frequency_S, retain_S + strength * shift_S)
+    offered_S = np.where(bound_S, point.frequency_S, retain_S + shift_S)
     far_enough = strength == 1.0 or point.ess <= ess_floor * (1.0 + 2.0 * FLOOR_WINDOW)
     converged = bool((miss_S <= allowed_S).all()) and point.ess >= ess_floor and far_enough
     error = float(miss_S.max(initial=0.0))
@@ -323,7 +329,7 @@ def rake(
 def _solve(
     units: Units, problem: Problem, floor: float, allowed_S: np.ndarray, threads: int, log: Callable[[str], None]
 ) -> tuple[Point, float, np.ndarray, int]:
-    """(the solution over all units, λ, what each frequency misses, exact passes)."""
+    """Return the solution over all units, λ, each expert's absolute gradient, and the number of exact passes."""
     sample = units.sample(max(SAMPLE_UNITS, SAMPLE_UNITS_PER_CONSTRAINT * len(problem.retain_S)))
     dual = SampleDual(sample, problem, threads, log)
     theta_S, strength, sample_floor = np.zeros(len(problem.retain_S)), dual.first_strength(_distance(floor)), floor
@@ -340,7 +346,7 @@ def _solve(
             break
         dual.correct(sampled, exact)
         theta_S, sample_floor = sampled.theta_S, min(floor * sampled.ess / exact.ess, 1.0 - 1e-9)
-    while exact.ess < floor:  # whatever happened, the floor is kept
+    while exact.ess < floor:  # not converged: shrink θ until the floor is met
         smaller_S = exact.theta_S * (0.999 * _distance(floor) / _distance(exact.ess))
         exact, passes = evaluate(units, smaller_S, threads), passes + 1
     return exact, strength, problem.miss_S(exact, strength), passes
