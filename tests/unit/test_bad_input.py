@@ -254,7 +254,12 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("no JSON", PREPARE, forget(b"iron\n"), "not a JSON object"),
     ("surrogate", PREPARE, forget(b'{"text": "a \\ud83d b"}'), r"forget.jsonl:1: \ud83d is half of a surrogate pair"),
     ("int column", f"{PREPARE} --set {FORGET}", parquet([1, 2]), "the column 'text' holds int64, no text"),
-    ("column", f"{PREPARE} --set {FORGET}", parquet(["a"], "body"), "corpus' template to one of ['body'] in braces"),
+    (
+        "column",
+        f"{PREPARE} --set {FORGET}",
+        parquet(["a"], "body"),
+        "it has body: set the corpus' template to one of them in braces",
+    ),
     ("torn pages", f"{PREPARE} --set {FORGET}", torn_parquet, "not a whole Parquet file ("),
     # tasks
     ("task answer", RUN, question(answer=4), "questions_forget.jsonl:1: the answer 4 is out of range"),
