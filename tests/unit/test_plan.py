@@ -450,7 +450,7 @@ def test_the_frozen_copy_is_planned_as_the_job_makes_it(
         objective_module, "reference_engine", lambda _, info, world, parts, *job: layers.append(parts.layers)
     )
     monkeypatch.setattr(objective_module, "_whole_head", lambda engine: "head")
-    monkeypatch.setattr(objective_module, "measure", lambda *arguments: HiddenNorms(1.0, 1.0, (), 0.0, 0.0))
+    monkeypatch.setattr(objective_module, "measure", lambda *arguments: HiddenNorms(1.0, 1.0, (), 0.0))
     info = SimpleNamespace(decoder_layers=a.layers, config={"hidden_size": 8}, experts=a.experts)
     settings: dict[str, Any] = {"dtype": "bf16", "ep": 1, "seed": 0}
     world, batches = SimpleNamespace(device="cpu"), None
