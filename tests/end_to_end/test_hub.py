@@ -334,7 +334,7 @@ def test_permissions_are_asked_for_before_anything_large_comes(place: Place, tmp
     done = place.server.run(fetch, tmp_path, {"HF_TOKEN": "friend"}, **JOB)
     assert done.returncode == 0, done
     size = (place.models / "model" / "model.safetensors").stat().st_size
-    assert f"[fetch] model.path: {size / 1000:.1f} kB to download\n" in done.stdout
+    assert f"[fetch] model.path: {size / 1000:.3g} kB to download\n" in done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("[fetch]")]
     assert [line.endswith(" in all") for line in lines].index(True) == 3 and lines[-1].startswith("[fetch] 100% of ")
     came = [each for each in place.hub.requests[before:] if each.startswith("GET") and each.endswith(large)]

@@ -15,6 +15,10 @@ from trace_ds.config.sections.base import Section, expanded
 from trace_ds.errors import UserError
 
 SHOWN_CHARACTERS = 60
+LOSS_KEY = "unlearning.forget_loss"
+# Sections of one forget loss each. That of rmu is none: its layer is also that of hidden_mse, and recipes give it a
+# coefficient and leave the loss to --set, to variants and to studies.
+LOSS_SECTIONS = ("npo", "simnpo", "dpo")
 
 
 def load_config(
@@ -48,7 +52,28 @@ def load_config(
         raise UserError(str(error), "--run-dir", "choose another directory, or name") from None
     values = {"run_dir": str(directory), "run_parent": str(directory.parent), "config_dir": composed.folder}
     values["seed"] = str(raw.get("seed", 0))
-    return validate(substitute(raw, values), where), directory
+    loaded = validate(substitute(raw, values), where)
+    problem = _setting_of_another_loss(loaded)
+    if problem:
+        raise UserError(problem, where, "take it out, or choose that loss")
+    return loaded, directory
+
+
+def _setting_of_another_loss(config: Config) -> str:
+    """The first setting of a loss that neither the run nor the variant it stands in uses: it would change nothing."""
+    own, bench = config.unlearning, config.bench
+    studied = [] if bench is None else [*bench.methods.values(), *bench.losses.values()]
+    used = {own.forget_loss, *(changes.get(LOSS_KEY) for changes in (*config.variants.values(), *studied))}
+    for loss in LOSS_SECTIONS:
+        if loss not in used and getattr(own, loss) != type(own).model_fields[loss].default:
+            return f"unlearning.{loss} is a setting of another loss than unlearning.forget_loss {own.forget_loss}"
+    for name, changes in config.variants.items():
+        used_here = changes.get(LOSS_KEY, own.forget_loss)
+        for key in changes:
+            section = key.removeprefix("unlearning.").split(".")[0]
+            if key.startswith("unlearning.") and section in LOSS_SECTIONS and section != used_here:
+                return f"variants.{name}: {key} is a setting of another loss than {used_here}"
+    return ""
 
 
 def validate(raw: dict[str, Any], where: str) -> Config:

@@ -299,7 +299,7 @@ def _run(lm: Any, config: TaskConfig, apply_chat_template: bool) -> dict[str, An
 def _without_environment() -> Iterator[None]:
     """Keep lm-eval from asking git and pip about this machine.
 
-    Outside a repository git complains on the terminal; nothing here reads the answers, and they take seconds.
+    Outside a repository git complains on the terminal, and nothing here reads the answers.
     """
     from lm_eval import evaluator
 

@@ -28,6 +28,7 @@ from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_object, typed
 from trace_ds.run.hub_names import HubName, hub_name
+from trace_ds.terminal import size
 
 _KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
 ALL_MODELS = ("run", "fetch", "evaluate")  # the verbs that read evaluation.models too
@@ -66,7 +67,7 @@ def fetch(config: Config, run: RunDirectory, *, dry_run: bool = False) -> int:
     with locked(run):
         run.clear_leftovers()
         record: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
-        resources = _download(config, _missing(config))
+        resources = _download(config, *_missing(config))
         for resource in resources:
             record[resource.kind].setdefault(resource.name, resource.entry)
         if record != read_record(run):
@@ -78,8 +79,12 @@ def fetch(config: Config, run: RunDirectory, *, dry_run: bool = False) -> int:
     return 0
 
 
-def _missing(config: Config) -> dict[str, int]:
-    """How many bytes are to come, by the key that names them; all permissions are asked for and nothing large comes.
+def _missing(config: Config) -> tuple[dict[str, int], dict[str, tuple[str, dict[str, int]]]]:
+    """Ask for every permission and print what is to be downloaded; nothing large comes.
+
+    Returns:
+        The missing bytes by the key that names them, and, by the key of a model, its commit and its missing files of
+        weights with their bytes.
 
     Raises:
         UserError: something does not exist, or is not for this user.
@@ -100,20 +105,24 @@ def _missing(config: Config) -> dict[str, int]:
         for data, several in configs.items():  # one of MMLU's 57, which are alike, says enough
             one = CorpusEntry(dataset=data, config=min(several, key=str))
             missing[key] += missing_data_bytes(one, key, any_split=True) * len(several)
+    weights: dict[str, tuple[str, dict[str, int]]] = {}
     for key, name in hub_names(config, "fetch").items():
         folder = download_model(name, key, weights=False)
-        missing[key] = sum(missing_weights(name, key, folder).values()) if _needs_weights(key, "fetch") else 0
-    for key, size in missing.items():
-        print(f"[fetch] {key}: {_size(size) + ' to download' if size else 'nothing to download'}", flush=True)
-    print(f"[fetch] {_size(sum(missing.values()))} in all", flush=True)
-    return missing
+        files = missing_weights(name, key, folder) if _needs_weights(key, "fetch") else {}
+        weights[key], missing[key] = (folder.name, files), sum(files.values())
+    for key, left in missing.items():
+        print(f"[fetch] {key}: {size(left) + ' to download' if left else 'nothing to download'}", flush=True)
+    print(f"[fetch] {size(sum(missing.values()))} in all", flush=True)
+    return missing, weights
 
 
-def _download(config: Config, missing: dict[str, int]) -> list[Resource]:
+def _download(
+    config: Config, missing: dict[str, int], weights: dict[str, tuple[str, dict[str, int]]]
+) -> list[Resource]:
     """Data first, then models, the largest last; one progress over all of it."""
     from trace_ds.corpora.sources import open_table
     from trace_ds.evaluation.harness import fetch_task
-    from trace_ds.hub.models import download_model, download_weights, downloaded_bytes, missing_weights
+    from trace_ds.hub.models import download_model, download_weights, downloaded_bytes
 
     resources = []
     with _progress(sum(missing.values())) as advance:
@@ -127,11 +136,8 @@ def _download(config: Config, missing: dict[str, int]) -> list[Resource]:
             advance(missing[key])
         names = hub_names(config, "fetch")
         for key, name in sorted(names.items(), key=lambda item: missing[item[0]]):
-            weights = _needs_weights(key, "fetch")
-            if missing[key]:
-                folder = download_model(name, key, weights=False)
-                download_weights(name, folder.name, missing_weights(name, key, folder), advance)
-            folder = download_model(name, key, weights=weights)
+            download_weights(name, *weights[key], advance)
+            folder = download_model(name, key, weights=_needs_weights(key, "fetch"))
             commit_and_size = {"commit": folder.name, "bytes": downloaded_bytes(folder)}
             resources.append(Resource("models", key, str(name), commit_and_size, folder))
     return resources
@@ -147,23 +153,15 @@ def _progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
     done_bytes = 0
     with tqdm(total=total_bytes, desc="fetch", unit="B", unit_scale=True, disable=None) as bar:
 
-        def advance(size: int) -> None:
+        def advance(more_bytes: int) -> None:
             nonlocal done_bytes
             tenths = 10 * done_bytes // max(total_bytes, 1)
-            done_bytes += size
-            bar.update(size)
+            done_bytes += more_bytes
+            bar.update(more_bytes)
             if bar.disable and 10 * done_bytes // max(total_bytes, 1) > tenths:
-                print(f"[fetch] {done_bytes / total_bytes:.0%} of {_size(total_bytes)}", flush=True)
+                print(f"[fetch] {done_bytes / total_bytes:.0%} of {size(total_bytes)}", flush=True)
 
         yield advance
-
-
-def _size(size: float) -> str:
-    """Bytes for people, decimal."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 def cached_resources(config: Config, run: RunDirectory | None) -> Iterator[Resource]:
@@ -207,9 +205,9 @@ def _show(resources: list[Resource]) -> None:
         return
     for item in resources:
         commits = [item.entry["commit"]] if "commit" in item.entry else [*item.entry.get("commits", {}).values()]
-        size = _size(item.entry["bytes"]) if "bytes" in item.entry else ""
+        its_size = size(item.entry["bytes"]) if "bytes" in item.entry else ""
         commit = ", ".join(commit[:12] for commit in commits)
-        print(f"{item.key}: {'  '.join(filter(None, (item.name, commit, size, str(item.place or 'not here'))))}")
+        print(f"{item.key}: {'  '.join(filter(None, (item.name, commit, its_size, str(item.place or 'not here'))))}")
     if all(item.place for item in resources):
         print("Everything is here: with HF_HUB_OFFLINE=1 no stage looks for a network.")
 

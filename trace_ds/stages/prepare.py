@@ -92,10 +92,12 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> PrepareJob:
         check_files(config.data.corpus(side), f"data.{side}")
     inputs = {"tokenizer": tokenizer_fingerprint(config.model.tokenizer_path)}
     inputs |= {side: corpus_fingerprint(config.data.corpus(side)) for side in config.data.sides}
-    for side in config.data.sides:
-        if has_conversations(config.data.corpus(side), f"data.{side}"):
-            tokenizer = load_tokenizer(config.model.tokenizer_path)
-            inputs["chat_template"] = sha256_text(chat_template(tokenizer, f"data.{side}"))
+    with_conversations = [
+        side for side in config.data.sides if has_conversations(config.data.corpus(side), f"data.{side}")
+    ]
+    if with_conversations:
+        template = chat_template(load_tokenizer(config.model.tokenizer_path), f"data.{with_conversations[0]}")
+        inputs["chat_template"] = sha256_text(template)
     settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative"})
     return PrepareJob(config, run, inputs, settings)
 
