@@ -57,7 +57,7 @@ def save(engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, ke
     world.run_on_all_ranks(begin)
     files = engine.checkpoint_engine.files
     files.begin()
-    engine._copy_recovery_script = lambda folder: None  # DeepSpeed's zero_to_fp32.py, beside every one
+    engine._copy_recovery_script = lambda folder: None  # no zero_to_fp32.py in each checkpoint
     engine.save_checkpoint(
         str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
     )
@@ -82,14 +82,14 @@ def save(engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, ke
 
 
 def settle(checkpoints: Path, step: int, keep: int) -> None:
-    """Steps 5 and 6 for a checkpoint that is there: after the rename, or later when a kill fell in between."""
+    """Steps 5 and 6 for a renamed checkpoint: at once, or later if a kill came between."""
     point_latest(checkpoints, step)
     for old in complete_steps(checkpoints)[0][: -max(keep, 2)]:
         discard(checkpoints / step_name(old))
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint; a kill in the middle leaves what the next start removes, not a damaged checkpoint.
+    """Delete a checkpoint; if killed midway, the next start removes the rest; no damaged checkpoint remains.
 
     Raises:
         UserError: it has no manifest, so it may be somebody else's.
@@ -101,7 +101,7 @@ def discard(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint that could not be read, so that nothing counts, prunes or replaces it; its new place."""
+    """Rename a checkpoint so that nothing counts, prunes or replaces it; return the new path."""
     numbers = (path.with_name(f"{path.name}.unreadable-{number}") for number in range(1, 1 << 20))
     aside = next(place for place in numbers if not place.exists())
     os.replace(path, aside)
@@ -109,7 +109,7 @@ def set_aside(path: Path) -> Path:
 
 
 def discard_all(checkpoints: Path) -> None:
-    """Delete every checkpoint; a step that no manifest shows to be ours is set aside instead."""
+    """Delete every checkpoint; a step without our manifest is set aside instead."""
     for path in [path for path in checkpoints.glob("step_*") if STEP.fullmatch(path.name)]:
         if (path / MANIFEST).is_file():
             discard(path)
@@ -123,9 +123,9 @@ def choose(
 ) -> tuple[Manifest | None, list[str]]:
     """Choose the checkpoint to resume from (None: start at step 0); and warnings about damaged ones (collective).
 
-    Every file of the newest complete checkpoint is hashed and its shards are read, the ranks sharing the work. What is
-    damaged is named, set aside and never deleted, and the next older one is tried. When none could be read, nothing is
-    touched: a job that has saved something does not start over by itself.
+    Every file of the newest complete checkpoint is hashed and its shards are read, the ranks sharing the work.
+    Damaged ones are reported and set aside, never deleted; the next older one is tried. When none could be read,
+    nothing is touched: a job that has saved something does not start over by itself.
 
     Args:
         job: identity of this job; a checkpoint of another job is refused.
@@ -136,7 +136,7 @@ def choose(
         if world.is_main:
             discard_all(checkpoints)
         return None, []
-    # one listing for all ranks: shared storage may show another node an older one
+    # one listing for all ranks: another node may see a stale one
     steps, problems = world.broadcast(complete_steps(checkpoints) if world.is_main else ([], []))
     chosen = _newest_undamaged(world, checkpoints, steps, problems)
     unreadable = list(problems)
@@ -153,7 +153,7 @@ def choose(
 
 
 def _set_newer_aside(checkpoints: Path, step: int) -> list[str]:
-    """Set every checkpoint after ``step`` aside; a line for each."""
+    """Set checkpoints after ``step`` aside; return a line for each."""
     newer = [path for path in checkpoints.glob("step_*") if (m := STEP.fullmatch(path.name)) and int(m[1]) > step]
     return [f"{path}: set aside as {set_aside(path).name}" for path in sorted(newer)]
 

@@ -1,6 +1,6 @@
 """The data of a step: micro-batches of forget and retain rows, in one tensor, with their weights; for fine-tuning, rows
-of any corpora. Which rows a step sees is a pure function of (seed, step), so resuming and any world size give the same
-data.
+of any corpora. Which rows a step sees is a pure function of (seed, step), so resuming and changes of the world
+size leave the data as they are.
 
 Shape legend: F forget rows, R retain rows, B = F + R, S positions.
 """
@@ -25,13 +25,13 @@ FORGET_STREAM, RETAIN_STREAM, CORPUS_STREAM, GRIP_STREAM = 1, 2, 3, 4
 
 def generator(seed: int, stream: int, counter: int) -> np.random.Generator:
     """A counter-based generator: independent for every (seed, stream, counter), no state to save."""
-    # Drawing advances Philox's counter from its lowest word on, so sequences of different highest words never meet.
+    # Drawing increments Philox's lowest counter word, so streams with different highest words never overlap.
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, counter]))
 
 
 @dataclass(frozen=True)
 class EpochRows:
-    """Every row once per epoch, in an order shuffled anew for each epoch."""
+    """Every row once per epoch, reshuffled for each epoch."""
 
     rows: np.ndarray
     per_step: int
@@ -47,7 +47,7 @@ class EpochRows:
         for epoch in {int(epoch) for epoch in epochs}.difference(self._orders):
             self._orders[epoch] = generator(self.seed, self.stream, epoch).permutation(self.rows)
         rows = np.array([self._orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
-        # an order is as long as the corpus: keep those of this step's epochs alone
+        # an order is as long as the corpus: keep only those of this step's epochs
         for epoch in set(self._orders).difference(int(epoch) for epoch in epochs):
             del self._orders[epoch]
         return rows
@@ -57,7 +57,7 @@ class SampledRows:
     """Rows drawn with replacement in proportion to a weight: row i has expected share ``weights[i] / Σ weights``.
 
     The draws of a step are stratified over the cumulative weights (one in each of ``per_step`` equal strata), which
-    leaves every row's expectation exact and lowers the variance; uniform weights go through the same sampler, so a
+    keeps every row's expected share exact and lowers the variance; uniform weights go through the same sampler, so a
     comparison differs in the weights only.
     """
 
@@ -73,7 +73,7 @@ class SampledRows:
         draws = generator(self._seed, self._stream, step).random(self._per_step)
         points = (np.arange(self._per_step) + draws) / self._per_step * self._cumulative_R[-1]
         places = np.searchsorted(self._cumulative_R, points, side="right")
-        # by rounding a point can reach the total, which lies behind the last row
+        # rounding can push a point to the total, past the last row
         return self._rows[np.minimum(places, len(self._rows) - 1)]
 
 
@@ -84,7 +84,7 @@ def micro_batches(largest: int, micro_rows: int | None, world_size: int) -> int:
 
 
 def share_of_rank(rows: np.ndarray, rank: int, world_size: int, count: int) -> np.ndarray:
-    """This rank's rows of a step in ``count`` micro-batches of one size [count, rows], filled with -1 (empty rows)."""
+    """This rank's rows of a step in ``count`` equal micro-batches [count, rows], padded with -1 (empty rows)."""
     per_rank = -(-len(rows) // world_size)
     own = rows[rank::world_size]
     filled = np.full(count * -(-per_rank // count), -1, dtype=np.int64)
@@ -106,7 +106,7 @@ class MicroBatch:
         forget_rows: F.
         alternative: the rows preferred to the forget rows, one for each (dpo), in the same shape.
         places_2N: int64, rows and columns of the counted positions in order, the first ``forget_places`` of them in the
-            forget rows; found here, on the host, since on a device their number must be waited for.
+            forget rows; computed on the host: on a device this would force a sync.
     """
 
     input_ids_BS: torch.Tensor
@@ -155,7 +155,7 @@ class Batches:
     """The data of the job: any step, on any rank, as a pure function of the seed and the step.
 
     Args:
-        seed: of the run.
+        seed: the seed of the run.
         forget, retain: token datasets.
         token_weights: fp32 weights of all retain tokens in flat order; None: 1 each.
         row_weights_R: mean weights of the retain rows; rows of weight 0 are never seen. With ``apply:
