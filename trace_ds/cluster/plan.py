@@ -161,7 +161,7 @@ def summary_line(request: Request) -> str:
         return jobs_line(plan(request.located("plan", download=False).chosen_config, ClusterSpec()), others)
     except UserError:
         names = ["unlearn", *request.chosen, *(request.written.finetune.models if request.written.finetune else ())]
-        return jobs_only(len(names), len(others - {*names}))
+        return _job_count(len(names), len(others - {*names}))
 
 
 def jobs_line(result: RunPlan, variants: set[str]) -> str:
@@ -171,11 +171,12 @@ def jobs_line(result: RunPlan, variants: set[str]) -> str:
     left = len(variants - {name.removeprefix("unlearn of ") for name in names})
     gpus = f"{spec.nodes} x {spec.gpus_per_node} GPUs of {spec.gpu_memory_gb:g} GB"
     return (
-        f"{jobs_only(len(names), left)}; at least {duration(seconds)} on {gpus}; {result.storage_bytes / 1e12:.2f} TB"
+        f"{_job_count(len(names), left)}; at least {duration(seconds)} on {gpus}; {result.storage_bytes / 1e12:.2f} TB"
     )
 
 
-def jobs_only(jobs: int, left: int) -> str:
+def _job_count(jobs: int, left: int) -> str:
+    """``jobs`` in words, and how many variants are ``left`` out."""
     return f"{jobs} training job{'s' * (jobs > 1)}" + (f" ({left} more with --variants all)" if left else "")
 
 

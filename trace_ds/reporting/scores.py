@@ -15,11 +15,8 @@ from trace_ds.reporting.intervals import Interval, of_difference, of_mixes, of_s
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-SCORING_MOMENTS = (
-    "first",
-    "after",
-    "end",
-)  # the first scored step at the target; on average from there on; the last step
+# The first scored step at the target; on average from there on; the last step.
+SCORING_MOMENTS = ("first", "after", "end")
 CHANCE_MARGIN = 0.02  # without a gold model: forgotten = at most two points above guessing
 _TOLERANCE = 1e-9  # of a score at the target
 NEGLIGIBLE = 0.01  # less above the target is nothing to forget, however sure
