@@ -317,7 +317,6 @@ run_stages() {
   read_config "${stages[@]}" || finish $?
   keep_log
   remove_stale_stop
-  share_fetched
   say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0} of at most $MAX_RESTARTS, $run_dir"
   for verb in "${stages[@]}"; do
     [[ $verb != finetune ]] || ((finetunes)) || continue
@@ -326,14 +325,6 @@ run_stages() {
     for variant in "${variants[@]}"; do run_and_check "$verb" "$variant"; done
   done
   finish 0
-}
-
-# The tasks of an array hold to the commits that were fetched for all of them, into the directory without their suffix.
-share_fetched() {
-  local fetched=${run_dir%"${run_suffix:-}"}/fetched.json
-  [[ -n ${run_suffix:-} && -e $fetched ]] || return 0
-  mkdir -p "$run_dir"
-  cp -u "$fetched" "$run_dir/"
 }
 
 # A stop file that an earlier job left must not stop this one. What a person touched while this job waited, for the job

@@ -40,7 +40,6 @@ LONG_FILES = (
     "test_gpu_acceptance",
     "test_families",
     "test_layers_held",
-    "test_watch",
     "test_evaluation_stage",
     "test_benchmark_study",
     "test_trainable",

@@ -175,10 +175,7 @@ def _write_arm(
         utility = 0.98 - (0.12 - bonus) * done
         curve.append({"step": step, "scores": _scores(forget, utility), "by_source": {}})
     drift = {
-        side: {
-            "overlap": [round(max(0.0, min(1.0, level + rng.normal(0, 0.03))), 6) for _ in range(layers)],
-            "kl": [round(abs(1 - level + rng.normal(0, 0.02)), 6) for _ in range(layers)],
-        }
+        side: {"overlap": [round(max(0.0, min(1.0, level + rng.normal(0, 0.03))), 6) for _ in range(layers)]}
         for side, level in (("forget", 0.6), ("retain", 0.92))
     }
     _write_evaluation(place, rng, "unlearned", forget, utility, drift, hostile)
@@ -236,13 +233,5 @@ def _write_evaluation(
             "scores": _scores(forget, utility),
             "items": items,
             "drift": drift,
-            "attacks": _attacks(forget) if name in ("gold", "unlearned") else {},
         },
     )
-
-
-def _attacks(forget: float) -> dict[str, Any]:
-    curve = [{"step": step, "loss": 2.0, "scores": {"elements accuracy": forget + step / 50}} for step in (0, 5, 10)]
-    ways = {"none": 0.0, "without_critical": 0.05, "without_first": -0.02}
-    forcing = {mode: {"elements accuracy": round(forget + more, 4)} for mode, more in ways.items()}
-    return {"expert_forcing": forcing, "relearning": {"rows": 12, "curve": curve}}

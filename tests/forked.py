@@ -239,7 +239,6 @@ def _outlived(group: int) -> bool:
 def _run(request: dict[str, Any]) -> NoReturn:
     """In the child: be a process that was started as ``trace-ds ARGUMENTS``."""
     from trace_ds.parallel import launch
-    from trace_ds.studies import study
 
     def begin() -> None:
         os.setsid()
@@ -259,7 +258,6 @@ def _run(request: dict[str, Any]) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.alarm(request["time_s"])
         launch.subprocess = SimpleNamespace(Popen=Rank)  # type: ignore[attr-defined]
-        study.START = "fork"
         if request["kill"] is not None:
             sys.addaudithook(_killer(*request["kill"]))
 

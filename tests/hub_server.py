@@ -33,7 +33,9 @@ from command import environment
 LARGE = (".safetensors", ".bin", ".pt", ".parquet", ".arrow", ".gz", ".zst")  # as in the hub's own .gitattributes
 PAGE_ENTRIES = 5  # of a listing; the hub's 1,000 would never turn a page here
 DATE = "2026-01-01T00:00:00.000Z"
-API = re.compile(r"/api/(models|datasets)/([^/]+(?:/[^/]+)??)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+API = re.compile(
+    r"/api/(models|datasets)/([^/]+(?:/[^/]+)??)(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?"
+)
 RESOLVE = re.compile(r"/(datasets/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
 CONTENT = re.compile(r"/(?:api/resolve-cache|cdn)/(models|datasets)/([^/]+(?:/[^/]+)?)/-/([0-9a-f]{40})/(.+)")
 
@@ -204,6 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(kind, name)
         commit = self._commit(repository, revision or "main")
         files = repository.commits[commit]
+        if verb == "refs":
+            refs = [
+                {"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": at} for ref, at in repository.refs.items()
+            ]
+            return self._send(200, json.dumps({"branches": refs, "tags": [], "converts": []}).encode(), {})
         if verb == "tree":
             return self._tree(files, unquote(path or ""), commit, query)
         if verb == "paths-info":

@@ -38,7 +38,7 @@ def prepared_run(config: Path, run: Path) -> Path:
     from stage_calls import prepare
 
     loaded, run = load_config(str(config), [], run)
-    RunDirectory.at(run).create("")
+    RunDirectory.at(run).mark()
     prepare(loaded, RunDirectory.at(run))
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from trace_ds.config.load import load_config
@@ -11,68 +10,6 @@ from trace_ds.models.families import inspect_model
 
 def shape(config: Any) -> dict[str, Any]:
     return {"dtype": config.model.dtype, "ep": config.distributed.ep}
-
-
-def zero3_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, dict[str, float]]:
-    """One step of the real training engine, 16 tokens on each rank: ``traffic``, the bytes of its collectives before
-    the optimizer's turn, and ``kept``, what this rank keeps by part, with the checkpoint it writes.
-
-    The calls are counted where DeepSpeed hands them to torch: what this rank would receive in a ring, or, for the
-    all-to-all, what it sends to other ranks.
-    """
-    import torch
-    from deepspeed.comm import comm
-
-    from trace_ds.unlearning.trainer import training_engine
-
-    loaded, directory = load_config(config, overrides, run_dir)
-    engine = training_engine(loaded.unlearning, inspect_model(loaded.model.path), world, 1, **shape(loaded))
-    optimizer = engine.optimizer
-    totals: dict[str, float] = {}
-
-    def bytes_of(tensors: Any) -> int:
-        return sum(t.numel() * t.element_size() for t in ([tensors] if isinstance(tensors, torch.Tensor) else tensors))
-
-    def wrap(method: str, name: str, position: int, of: str) -> None:
-        """Count the bytes of the argument ``of`` (the gathered or unreduced whole) in every call of ``method``."""
-        original = getattr(comm.cdb, method)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            group = options.get("group")
-            tensors = options[of] if of in options else arguments[position]
-            size, mine = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-            if name != "all-to-all":
-                totals[name] = totals.get(name, 0.0) + bytes_of(tensors) * (size - 1) / size
-            elif tensors.dim() == 2:  # tokens, not their counts
-                rows = options["input_split_sizes"]
-                away = sum(rows) - rows[mine]
-                totals[name] = totals.get(name, 0.0) + away * tensors.shape[1] * tensors.element_size()
-            return original(*arguments, **options)
-
-        setattr(comm.cdb, method, call)
-
-    wrap("all_gather_into_tensor", "all-gather", 0, "output_tensor")
-    wrap("all_gather", "all-gather", 0, "tensor_list")
-    wrap("reduce_scatter_tensor", "reduce-scatter", 1, "input_tensor")
-    wrap("reduce_scatter", "reduce-scatter", 1, "input_list")
-    wrap("all_reduce", "all-reduce", 0, "tensor")
-    wrap("all_to_all_single", "all-to-all", 1, "input")
-    ids = torch.arange(16)[None] * 7 + world.rank
-    engine.backward(engine(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum())
-    traffic = dict(totals)
-    engine.step()  # Adam makes its moments in its first step
-    states = optimizer.optimizer.state.values()
-    moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor) and t.numel() > 1]
-    engine.save_checkpoint(str(Path(directory) / "raw"), tag="step", save_latest=False)
-    world.barrier()
-    kept = {
-        "parameters": bytes_of([parameter.ds_tensor for parameter in engine.module.parameters()]),
-        "gradients": optimizer.grad_partitions_flat_buffer.numel() * 2,
-        "master and Adam moments": bytes_of([*moments, *optimizer.fp32_partitioned_groups_flat]),
-        "files": len([*(Path(directory) / "raw").rglob("*.pt")]),
-        "checkpoint": sum(file.stat().st_size for file in (Path(directory) / "raw").rglob("*.pt")),
-    }
-    return {"traffic": traffic, "kept": kept}
 
 
 class OneBatch:

@@ -110,16 +110,9 @@ def end_of_ranks(function: Callable[..., Any], world_size: int, *arguments: Any,
     return ends
 
 
-def run_as_main(place: str | Path, *words: object) -> None:
-    """``python PLACE WORDS`` in a fork of the server: a script, or a module by its dotted name. It must end well."""
-    process = CONTEXT.Process(target=_main, args=(str(place), list(map(str, words))))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, f"{place} {words} ended with {process.exitcode}"
-
-
 def output_of_main(place: str | Path, *words: object, limit_s: float) -> subprocess.CompletedProcess[str]:
-    """The same, and what it printed and how it ended; it is killed after ``limit_s``."""
+    """``python PLACE WORDS`` in a fork of the server (a script, or a module by its dotted name): what it printed and
+    how it ended; it is killed after ``limit_s``."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
         process = CONTEXT.Process(target=_main, args=(str(place), list(map(str, words)), list(map(str, files))))
@@ -133,7 +126,7 @@ def output_of_main(place: str | Path, *words: object, limit_s: float) -> subproc
     return subprocess.CompletedProcess([str(place), *map(str, words)], process.exitcode or 0, *printed)
 
 
-def _main(place: str, words: list[str], files: Sequence[str] = ()) -> None:
+def _main(place: str, words: list[str], files: Sequence[str]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)

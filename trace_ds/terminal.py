@@ -6,11 +6,12 @@ clipboard or rewrite the screen. :func:`plain` escapes one text, :func:`guard_st
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # Tabs, line ends, and what rich and tqdm send to a terminal: colours, cursor up, erase line, hide and show the cursor.
 VERBOSE = "TRACE_DS_VERBOSE"  # a variable, so that the ranks of a job hear of it too
+# The libraries that log of their own accord, and the variable of each with which a user sets what it shows.
+LIBRARIES = {
+    "transformers": "TRANSFORMERS_VERBOSITY",
+    "datasets": "DATASETS_VERBOSITY",
+    "huggingface_hub": "HF_HUB_VERBOSITY",
+    "DeepSpeed": "",
+}
 OURS = re.compile("\x1b\\[[0-9;]*m|\x1b\\[[0-9]*[AK]|\x1b\\[\\?25[lh]|[\t\n\r]")
 
 
@@ -87,14 +95,43 @@ def verbose() -> bool:
     return bool(os.environ.get(VERBOSE))
 
 
+class _LibraryLogger(logging.Logger):
+    """The logger of a library, which adds a handler of its own when it is imported: that shows errors only."""
+
+    def __init__(self, name: str, level: int = logging.NOTSET) -> None:
+        super().__init__(name, level)
+        super().addHandler(logging.NullHandler())  # before the library's own: else Python shows what comes first
+
+    def addHandler(self, hdlr: logging.Handler) -> None:
+        if isinstance(hdlr, logging.StreamHandler):
+            hdlr.setLevel(logging.ERROR)
+        super().addHandler(hdlr)
+
+
 def quiet_libraries() -> None:
-    """Keep warnings of libraries out of the terminal, here and in processes started from here. Errors still show."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # else two lines a data set that comes from the cache; the level is for a process in which it is imported already
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    # a filter: DeepSpeed sets its logger's level when it is imported, and the first warning comes then
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    """Keep warnings of libraries out of the terminal; errors still show, and ``stage_log`` keeps both. A library whose
+    level the user has set is left alone."""
+    plain_logger = logging.getLoggerClass()
+    logging.setLoggerClass(_LibraryLogger)
+    for name, level_variable in LIBRARIES.items():
+        if level_variable not in os.environ:
+            for handler in logging.getLogger(name).handlers:  # it is imported already
+                if isinstance(handler, logging.StreamHandler):
+                    handler.setLevel(logging.ERROR)
+    logging.setLoggerClass(plain_logger)
+
+
+@contextlib.contextmanager
+def library_records(handler: logging.Handler) -> Iterator[None]:
+    """Send what libraries log to ``handler`` too, inside the block."""
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def size(number: float) -> str:

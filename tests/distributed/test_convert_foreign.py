@@ -130,8 +130,8 @@ def test_a_checkpoint_of_deepspeed_alone_becomes_its_masters(
         assert torch.equal(converted[name], master), name
     notes = " ".join(report["notes"])
     assert ("stores fp32 masters without their names" in notes) == (stage == 0 and variant != "fp32")
-    assert ("exclude_frozen_parameters): 2 tensors are the base model's" in notes) == (variant == "frozen_excluded")
-    assert len(report["notes"]) == notes.count("masters without") + notes.count("exclude_frozen")
+    assert ("holds no frozen parameters: 2 tensors are the base model's" in notes) == (variant == "frozen_excluded")
+    assert len(report["notes"]) == notes.count("masters without") + notes.count("no frozen parameters")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -139,7 +139,7 @@ def test_frozen_parameters_that_are_nowhere_are_named(tmp_path: Path, stage: int
     root = checkpoints(1)
     shutil.copytree(root / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(
-        UserError, match=r"holds no frozen parameters .* the first: model.embed_tokens\.weight\. That model"
+        UserError, match=r"holds no frozen parameters: .* the first: model.embed_tokens\.weight\. That model"
     ):
         convert_checkpoint(root / f"zero{stage}_frozen_excluded", tmp_path / "model", base_model=tmp_path / "base")
 

@@ -19,7 +19,6 @@ from test_evaluation_stage import Case, case, evaluate_on, with_every_kind_of_ta
 
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
-from trace_ds.evaluation.attacks import forced, without_first
 from trace_ds.evaluation.drift import sample_routing
 from trace_ds.evaluation.language_model import LanguageModel, Sharding, loaded
 from trace_ds.models.families import FAMILIES
@@ -53,13 +52,9 @@ def measured(model: LanguageModel, dataset: str) -> dict[str, Any]:
     sequences = random_sequences(21)
     prompts = [list(sequence.ids[:8]) for sequence in sequences[:9]]
     lengths = [3 + number % 5 for number in range(9)]
-    scores = model.score(sequences, moments=True)
-    with forced(model.model, without_first):
-        forced_scores = model.score(sequences)
+    scores = model.score(sequences)
     return {
-        "forced": np.concatenate([score.log_prob for score in forced_scores]),
         "log_prob": np.concatenate([score.log_prob for score in scores]),
-        "deviation": np.concatenate([score.deviation for score in scores]),  # type: ignore[misc]
         "is_argmax": np.concatenate([score.is_argmax for score in scores]),
         "greedy": np.concatenate(model.continue_greedily(prompts, lengths)),
         "routing": np.sort(sample_routing(model, TokenDataset.open(Path(dataset)), 11, 2).indices_TLK),
@@ -104,8 +99,7 @@ def test_scores_are_those_of_a_whole_model(world: int, models: dict[str, str], d
         for sharding, parameters, result in (entry for rank in ranks for entry in rank[family]):
             where = f"{family} {sharding}"
             assert parameters < whole / (world if sharding.zero_stage == 3 else 1) * 1.1, where
-            for name in ("log_prob", "deviation", "forced"):
-                assert np.allclose(result[name], alone[name], atol=1e-5), where
+            assert np.allclose(result["log_prob"], alone["log_prob"], atol=1e-5), where
             for name in ("is_argmax", "greedy", "routing"):
                 assert np.array_equal(result[name], alone[name]), where
 
@@ -127,9 +121,9 @@ def close(result: Any, expected: Any, where: str = "") -> None:
 
 
 def test_a_whole_evaluation(case: Case, tmp_path: Path) -> None:  # noqa: F811
-    """Every kind of task, the drift, both attacks."""
+    """Every kind of task, the drift, relearning."""
     with_every_kind_of_task(case, tmp_path)
-    case.raw["evaluation"] |= {"expert_forcing": True, "relearning": {"steps": 2, "lr": 1e-2}}
+    case.raw["evaluation"] |= {"relearning": {"steps": 2, "lr": 1e-2}}
     evaluate(case.config(), case.run)
     alone = {name: case.result(name) for name in ("original", "gold", "unlearned")}
     shutil.rmtree(case.run.evaluation)
@@ -137,7 +131,7 @@ def test_a_whole_evaluation(case: Case, tmp_path: Path) -> None:  # noqa: F811
     assert run_distributed(evaluate_on, 2, case.raw, str(case.run.path)) == [True, False]
     for name, expected in alone.items():
         close(case.result(name), expected, name)
-    assert case.result("unlearned")["drift"] and case.result("gold")["attacks"]["expert_forcing"]
+    assert case.result("unlearned")["drift"] and case.result("gold")["relearning"]
 
 
 def most_gathered(world: Any, path: str) -> tuple[int, int, int]:

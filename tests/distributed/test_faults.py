@@ -26,7 +26,6 @@ from trace_ds.checkpoints.manifest import Manifest, complete_steps, read_manifes
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.world import AgreedError
 from trace_ds.run import artefact
-from trace_ds.run.directory import MADE_IN
 from trace_ds.run.files import remove_leftovers
 from trace_ds.run.log import StageLog
 
@@ -37,12 +36,16 @@ KILLS = 8
 class StandIn:
     """Saves like a ZeRO-3 engine: one model file and one optimizer file a rank; contents follow from the step."""
 
+    has_moe_layers = False
+
     def __init__(self, rank: int, step: int, elements: int = 20_000) -> None:
         self.rank, self.step, self.elements = rank, step, elements
         self.checkpoint_engine = type("Files", (), {})()
         serialization.install(self)
 
-    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+    def save_checkpoint(
+        self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool, exclude_frozen_parameters: bool
+    ) -> None:
         assert save_latest is False
         target = Path(folder) / tag
         target.mkdir(parents=True, exist_ok=True)
@@ -61,7 +64,7 @@ def save_next(world: Any, folder: str, prepare: Callable[[Any], None] | None = N
     """Resume from the newest complete checkpoint and save the step after it; the step saved."""
     checkpoints = Path(folder)
     if world.is_main:
-        remove_leftovers(checkpoints, MADE_IN["checkpoints"])  # as a job does at its start, under the lock
+        remove_leftovers(checkpoints)  # as a job does at its start, under the lock
     world.barrier()
     chosen, _ = commit.choose(world, checkpoints, job, "auto")
     step = (chosen.step if chosen else 0) + 1

@@ -15,6 +15,7 @@ from processes import run_distributed
 from safetensors.numpy import load_file
 from test_unlearn import GRADIENT_LIKE, calibrated_run, copy_of, losses_of, relative, weights_of
 
+from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
@@ -135,6 +136,29 @@ def test_micro_batches_do_not_matter(calibrated: tuple[Path, Path], tmp_path: Pa
         for tensor, value in weights[name, rows].items():
             atol = 1e-6 * float(np.abs(value).max())
             np.testing.assert_allclose(value, weights[name, 4][tensor], rtol=1e-6, atol=atol, err_msg=tensor)
+
+
+@pytest.mark.slow
+def test_refusals_are_preferred_to_answers_and_resume_bitwise(tiny_model: Path, tmp_path: Path) -> None:
+    """IdkDPO: the loss is of answers alone, in float64 that of the reference; two halves are one job, bit for bit."""
+    answers = {"template": "{source} is: {text}", "loss_on": "answer"}
+    data = {f"data__{side}": [answers | {"path": f"{tmp_path}/corpora/{side}.jsonl"}] for side in ("forget", "retain")}
+    data |= {"data__alternative": "refusals", "data__packing": "single", "data__context_length": 512}
+    config = tiny.write_config(tmp_path, tiny_model, statistics__nll=True, **data)
+    prepared = calibrated_run(config, tmp_path / "run", world=2)
+    overrides = [*overrides_of("dpo"), "unlearning.save_every=1"]
+    whole, halves = (copy_of(prepared, tmp_path / name) for name in ("whole", "halves"))
+    for run, steps in ((whole, 2), (halves, 1), (halves, 2)):  # processes of their own: DeepSpeed numbers parameters
+        changes = [*overrides, f"unlearning.steps={steps}"]
+        run_distributed(jobs.unlearn_job, 2, str(config), str(run), changes)
+    manifests = [read_manifest(run / "checkpoints" / "step_000002") for run in (whole, halves)]
+    assert manifests[0] == manifests[1] and losses_of(whole) == losses_of(halves)
+    expected = reference_run(str(config), str(prepared), overrides, STEPS)
+    np.testing.assert_allclose(losses_of(whole), expected["losses"], rtol=1e-6, atol=1e-7)
+    assert abs(expected["losses"][1][0] - expected["losses"][0][0]) > 1e-3
+    for tensor, value in weights_of(whole, STEPS, tmp_path / "model").items():
+        target = expected["weights"][tensor]
+        np.testing.assert_allclose(value, target, rtol=1e-6, atol=1e-6 * float(np.abs(target).max()), err_msg=tensor)
 
 
 def test_what_a_loss_needs_is_asked_for(calibrated: tuple[Path, Path], tmp_path: Path) -> None:

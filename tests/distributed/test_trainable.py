@@ -74,7 +74,7 @@ def expected_changes(case: str, names: list[str], prepared: Path) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ep", "stage"), [(2, 3), (1, 1)])
+@pytest.mark.parametrize(("ep", "stage"), [(2, 3), (1, 3), (1, 1)])
 def test_the_rest_stays_bitwise(
     calibrated: tuple[Path, Path],  # noqa: F811
     tiny_model: Path,
@@ -131,14 +131,10 @@ def test_names_and_kinds(tiny_model: Path) -> None:
     assert everything == set(kinds)
     without = trainable.choose_parameters(kinds, ["all", "-routers", "-*.layers.0.*"], None)
     assert not any(".layers.0." in name or kinds[name] == "routers" for name in without) and len(without) == 20 - 1
-    with pytest.raises(UserError, match=r"trainable: '\*\.attention\.\*' matches no parameter"):
-        trainable.choose_parameters(kinds, ["*.attention.*"], None)
     with pytest.raises(UserError, match="no parameter is left to train"):
         trainable.choose_parameters(kinds, ["routers", "-*.mlp.*"], None)
     reached = trainable.choose_parameters(kinds, ["all"], 1)
     assert reached == {n for n in kinds if ".layers.0." in n or ".layers.1." in n or "embed" in n}
-    with pytest.raises(UserError, match=r"no parameter is left to train \(the losses end at layer 1\)"):
-        trainable.choose_parameters(kinds, ["*.layers.2.*", "lm_head.*"], 1)
 
 
 def test_wrong_choices_are_refused_before_a_weight_is_loaded(

@@ -14,7 +14,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "bench_unlearn.py"
 
 
 def small(world: Any, folder: str) -> str:
-    """What ``--json`` prints for tiny sizes; the measurements, processes of their own otherwise, run in this one."""
+    """The report for tiny sizes; the measurements, processes of their own otherwise, run in this one."""
     spec = importlib.util.spec_from_file_location("bench_unlearn", TOOL)
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
@@ -25,9 +25,7 @@ def small(world: Any, folder: str) -> str:
         return tool.run_child(tool.parse([*sizes, "--child", label, *arguments, "--work-dir", str(work)]))
 
     tool.child = child
-    result = tool.measure(tool.parse(sizes), Path(folder))
-    tool.print_table(result)
-    return json.dumps(result)
+    return json.dumps(tool.measure(tool.parse(sizes), Path(folder)))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_unlearn import calibrated, copy_of  # noqa: F401 (calibrated is a fixt
 from trace_ds.config.load import load_config
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
+from trace_ds.evaluation.metrics import require_level
 from trace_ds.reporting.gather import gather
 from trace_ds.run.curve import read_curve
 from trace_ds.run.directory import RunDirectory
@@ -131,6 +133,30 @@ def test_scores_that_end_a_job_are_those_that_it_makes(
     with pytest.raises(UserError, match=re.escape(repr(score))):
         loaded, _ = load_config(str(config), [*CURVE, until], run)
         check_unlearn(loaded, RunDirectory(run), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bound", "message"),
+    [
+        ("until", "questions_forget accuracy <= 1.25", "questions_forget accuracy is a number from 0 to 1, not 1.25"),
+        ("guards", "retain_overlap >= -0.1", "retain_overlap is a number from 0 to 1, not -0.1"),
+        ("guards", "retain_nll <= 30", ""),
+    ],
+)
+def test_a_bound_outside_of_its_score_is_refused(
+    calibrated: tuple[Path, Path],  # noqa: F811
+    kind: str,
+    bound: str,
+    message: str,
+) -> None:
+    config, run = calibrated
+    require_level("text perplexity", 100.0, "")  # no task of these has one
+    loaded, _ = load_config(str(config), [*CURVE, f"unlearning.evaluate.{kind}={json.dumps([bound])}"], run)
+    with pytest.raises(UserError) if message else contextlib.nullcontext() as refused:
+        check_unlearn(loaded, RunDirectory(run), 1)
+    if message:
+        assert str(refused.value) == f"unlearning.evaluate.{kind}: {message}. Fix: give one (30 % is 0.3)"
+        assert refused.value.exit_status == 2
 
 
 def test_tasks_of_a_curve_are_named(calibrated: tuple[Path, Path]) -> None:  # noqa: F811

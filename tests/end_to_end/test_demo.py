@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import signal
@@ -62,7 +63,7 @@ def test_the_model_knew_it_and_forgets_it(demo: Path) -> None:
 
 @pytest.mark.slow
 def test_it_leaves_the_whole_run_directory(demo: Path) -> None:
-    records = json.loads((demo / "report" / "scores.json").read_text())
+    records = list(csv.DictReader((demo / "report" / "scores.csv").read_text().splitlines()))
     assert {"original", "gold", "unlearned", "uniform", "trace_loss"} <= {item["model"] for item in records}
     manifest = json.loads((demo / "checkpoints" / "step_000100" / "manifest.json").read_text())
     assert (manifest["world"], manifest["ep"], manifest["zero_stage"]) == (2, 2, 3)
@@ -74,7 +75,7 @@ ENDS = (
     "report: demo: ",
     "report: demo_verbatim: ",
     "forgot",
-    "points of utility",
+    "and kept a utility of",
     "against uniform weights",
     "One seed is no proof",
 )

@@ -25,10 +25,7 @@ from hub_server import serving as serving_hub
 
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.corpora.tokenizer import load_tokenizer
-from trace_ds.errors import UserError
-from trace_ds.run.directory import RunDirectory
 from trace_ds.run.hub_names import HubName, hub_name
-from trace_ds.stages.fetch import read_record
 
 OTHER_FILES = {
     "pytorch_model.bin": b"pickle",
@@ -49,12 +46,11 @@ class Place:
     models: Path
     commits: dict[str, str]
 
-    def offline(self, *arguments: str | Path, cwd: Path, summary: str = "") -> None:
-        """``trace-ds ARGUMENTS`` must do without the hub, or say why not."""
+    def offline(self, *arguments: str | Path, cwd: Path) -> None:
+        """``trace-ds ARGUMENTS`` must do without the hub."""
         requested = len(self.hub.requests)
         done = self.away.run(arguments, cwd, **JOB)
-        assert done.returncode == (2 if summary else 0), done.stdout[-2000:] + done.stderr[-3000:]
-        assert summary in done.stderr
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         assert self.hub.requests[requested:] == []
 
 
@@ -143,15 +139,11 @@ def test_fetched_once_a_whole_run_needs_no_network(place: Place, tmp_path: Path)
     )
     shutil.rmtree(place.home, ignore_errors=True)
     run = tmp_path / "run"
-    fetched = place.server.run(["fetch", config, "--run-dir", run], tmp_path, **JOB)
+    fetched = place.server.run(["fetch", config], tmp_path, **JOB)
     assert fetched.returncode == 0, fetched
-    names = ("org/instruct", "org/gold@v1", "wmdp_cyber", place.commits["org/gold"][:12], "HF_HUB_OFFLINE=1")
+    commits = (place.commits[name][:12] for name in ("org/instruct", "org/gold", "org/chats"))
+    names = ("org/instruct", "org/gold@v1", "org/chats", "wmdp_cyber", *commits, "HF_HUB_OFFLINE=1")
     assert all(name in fetched.stdout for name in names), fetched.stdout
-    record = json.loads((run / "fetched.json").read_text())
-    assert record["models"]["org/instruct"]["commit"] == place.commits["org/instruct"]
-    assert record["models"]["org/gold@v1"]["commit"] == place.commits["org/gold"]
-    assert record["data"] == {"org/chats": {"commit": place.commits["org/chats"]}}
-    assert record["tasks"] == {"wmdp_cyber": {"commits": {"cais/wmdp": place.commits["cais/wmdp"]}}}
     requested = [line for line in place.hub.requests if line.endswith(tuple(OTHER_FILES))]
     assert requested == [], "a pickle, code or the weights of another format were asked for"
 
@@ -202,14 +194,14 @@ def test_a_directory_that_is_there_wins(place: Place, tmp_path: Path) -> None:
     [
         ("org/none", ("there is no directory org/none", "the hub has no model org/none", "log in")),
         ("org/gated", ("org/gated is gated", "/org/gated, log in")),
-        ("org/tiny@v9", ("org/tiny has no revision v9",)),
-        ("org/pickles", ("no safetensors weights (pickles are never read)",)),
+        ("org/tiny@v9", ("org/tiny has no revision v9", "Fix: it has main: name one of these")),
+        ("org/pickles", ("no safetensors weights (pickles are never read). Fix: it has ", "pytorch_model.bin")),
     ],
 )
 def test_models_that_cannot_be_had_are_refused(
     place: Place, tmp_path: Path, name: str, summary: tuple[str, ...]
 ) -> None:
-    fetch = ["fetch", written(tmp_path, name), "--run-dir", tmp_path / "run"]
+    fetch = ["fetch", written(tmp_path, name)]
     line = refuse(place.server, tmp_path, *fetch)
     assert "model.path: " in line and all(text in line for text in summary), line
     if name == "org/gated":  # it comes for those who may
@@ -246,49 +238,6 @@ def test_a_hub_that_does_not_answer_as_one(place: Place, tmp_path: Path, answer:
     assert len(place.hub.requests) == requested + 1
 
 
-def test_a_revision_that_moved_since_fetch_is_refused(place: Place, tmp_path: Path) -> None:
-    name = "org/moving"
-    first = place.hub.add("models", name, place.models / "model")
-    config, run = written(tmp_path, name), tmp_path / "run"
-    fetch = ["fetch", config, "--run-dir", run]
-    assert place.server.run(fetch, tmp_path).returncode == 0
-    record = (run / "fetched.json").read_bytes()
-    second = place.hub.add("models", name, place.models / "gold")
-    line = refuse(place.server, tmp_path, "prepare", config, "--run-dir", run)
-    assert f"{name} has moved since it was fetched, from {first} to {second}" in line
-    assert f"stay with {name}@{first}" in line and (run / "fetched.json").read_bytes() == record
-    place.offline("prepare", config, "--run-dir", run, cwd=tmp_path)  # as it was fetched
-    other = ["fetch", config, "--run-dir", tmp_path / "other"]
-    assert place.server.run(other, tmp_path).returncode == 0  # main of the cache moves on
-    place.offline("collect", config, "--run-dir", run, "--nproc", "1", cwd=tmp_path)
-    assert artefact_summary(run / "statistics" / "retain")["model"] == f"{name}@{first}"
-    pinned = ["prepare", config, "--run-dir", run, "--set", f"model.path={name}@{first}"]
-    assert place.server.run(pinned, tmp_path).returncode == 0
-    assert place.server.run(fetch, tmp_path).returncode == 0
-    assert json.loads((run / "fetched.json").read_text())["models"][name]["commit"] == second
-    assert place.server.run(["prepare", config, "--run-dir", run], tmp_path).returncode == 0
-
-
-def test_a_task_whose_data_moved_since_fetch_is_refused(place: Place, tmp_path: Path) -> None:
-    """lm-eval takes what the hub has, and without a network the newest in the cache: it must be what was fetched."""
-    tasks = [{"name": "cyber", "type": "lm_eval", "task": "wmdp_cyber", "role": "forget"}]
-    config = written(tmp_path, str(place.models / "model"), evaluation__tasks=tasks)
-    run, first = tmp_path / "run", place.commits["cais/wmdp"]
-    run.mkdir()
-    record = {"models": {}, "data": {}, "tasks": {"wmdp_cyber": {"commits": {"cais/wmdp": first}}}}
-    (run / "fetched.json").write_text(json.dumps(record))
-    second = place.hub.add("datasets", "cais/wmdp", place.models / "wmdp")
-    line = refuse(place.server, tmp_path, "run", config, "--run-dir", run)
-    assert f"evaluation.tasks.cyber: cais/wmdp has moved since it was fetched, from {first} to {second}" in line
-    requested = [{"dataset": "cais/wmdp", "config": "wmdp-cyber", "template": "{question}"}]
-    other = written(tmp_path / "other", str(place.models / "model"), data__forget=requested)
-    assert place.server.run(["fetch", other, "--run-dir", tmp_path / "came"], tmp_path).returncode == 0
-    place.offline(
-        "evaluate", config, "--run-dir", run, cwd=tmp_path, summary="cais/wmdp has moved since it was fetched"
-    )
-    place.hub.repositories["datasets", "cais/wmdp"].refs["main"] = first  # as the other tests know it
-
-
 def test_a_task_without_its_data_is_refused_before_the_first_stage(place: Place, tmp_path: Path) -> None:
     tasks = [{"name": "bio", "type": "lm_eval", "task": "wmdp_bio", "role": "forget"}]
     config = written(tmp_path, str(place.models / "model"), evaluation__tasks=tasks)
@@ -303,28 +252,28 @@ def test_a_task_without_its_data_is_refused_before_the_first_stage(place: Place,
     [
         ({"dataset": "org/none"}, "org/none: the hub has no such data set, or it is private. Fix: correct the name"),
         ({"dataset": "org/shut"}, "org/shut: the data set is gated: its terms must be accepted first. Fix: accept"),
-        ({"dataset": "org/texts@v9"}, "org/texts: the data set has no revision 'v9'"),
+        ({"dataset": "org/texts@v9"}, "org/texts: the data set has no revision 'v9'. Fix: it has main: name one"),
         ({"dataset": "org/texts", "split": "trian"}, "the data set has no split 'trian'. Fix: did you mean 'train'?"),
     ],
 )
 def test_data_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, data: dict[str, str], summary: str) -> None:
     place.hub.add("datasets", "org/shut", place.models / "texts", gated=True, readers=("friend",))
     config = written(tmp_path, str(place.models / "model"), data__forget=[data])
-    assert summary in refuse(place.server, tmp_path, "fetch", config, "--run-dir", tmp_path / "run")
+    assert summary in refuse(place.server, tmp_path, "fetch", config)
 
 
 def test_permissions_are_asked_for_before_anything_large_comes(place: Place, tmp_path: Path) -> None:
     """Of gated data sets first; then sizes are shown, and data come before models."""
     place.hub.add("models", "org/large", place.models / "model")
     place.hub.add("models", "org/closed", place.models / "model", gated=True, readers=("friend",))
-    data = place.hub.add("datasets", "org/locked", place.models / "chats", gated=True, readers=("friend",))
+    place.hub.add("datasets", "org/locked", place.models / "chats", gated=True, readers=("friend",))
     config = written(
         tmp_path,
         "org/large",
         data__forget=[{"dataset": "org/locked", "template": "{messages}"}],
         evaluation__models={"gated": "org/closed"},
     )
-    fetch = ["fetch", config, "--run-dir", tmp_path / "run"]
+    fetch = ["fetch", config]
     before = len(place.hub.requests)
     assert "org/locked: the data set is gated" in refuse(place.server, tmp_path, *fetch)
     place.hub.repositories["datasets", "org/locked"].gated = False
@@ -336,11 +285,10 @@ def test_permissions_are_asked_for_before_anything_large_comes(place: Place, tmp
     size = (place.models / "model" / "model.safetensors").stat().st_size
     assert f"[fetch] model.path: {size / 1000:.3g} kB to download\n" in done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("[fetch]")]
-    assert [line.endswith(" in all") for line in lines].index(True) == 3 and lines[-1].startswith("[fetch] 100% of ")
+    assert [line.endswith(" in all") for line in lines].index(True) == 3
     came = [each for each in place.hub.requests[before:] if each.startswith("GET") and each.endswith(large)]
     kinds = [Path(each).suffix for each in came]
     assert kinds == sorted(kinds) and {".parquet", ".safetensors"} == set(kinds), kinds
-    assert json.loads((tmp_path / "run" / "fetched.json").read_text())["data"] == {"org/locked": {"commit": data}}
     again = place.server.run(fetch, tmp_path, {"HF_TOKEN": "friend"}, **JOB)
     assert "[fetch] model.path: nothing to download" in again.stdout and "[fetch] 0 B in all" in again.stdout
 
@@ -355,8 +303,6 @@ def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:
     assert "not ready" in shown.stdout and "trace-ds fetch CONFIG" in shown.stdout
     for verb in ("plan", "submit"):
         assert "no model of this name is in the hub's cache" in refuse(place.server, tmp_path, verb, config)
-    looked = place.server.run(["fetch", config, "--run-dir", run, "--dry-run"], tmp_path)
-    assert looked.returncode == 0 and "not here" in looked.stdout
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     line = refuse(place.server, tmp_path, "collect", config, "--run-dir", run, variables=rank)
     assert name in line and "`trace-ds fetch CONFIG` brings it" in line
@@ -366,10 +312,11 @@ def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:
 
 def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
     place.hub.add("models", "org/examined", place.models / "model")
-    tasks = [{"name": "cyber", "type": "lm_eval", "task": "wmdp_cyber", "role": "forget"}]
-    config, run = written(tmp_path, "org/examined", evaluation__tasks=tasks), tmp_path / "run"
+    place.hub.add("datasets", "org/unseen", place.models / "chats")
+    forget = [{"dataset": "org/unseen", "template": "{messages}"}]
+    config, run = written(tmp_path, "org/examined", data__forget=forget), tmp_path / "run"
     doctor = ["doctor", config, "--run-dir", run, "--json"]
-    keys = ["model.path", "evaluation.tasks.cyber"]
+    keys = ["model.path", "data.forget[0]"]
 
     def of_the_hub() -> tuple[list[dict[str, str]], set[str]]:
         checks = json.loads(place.server.run(doctor, tmp_path, time_s=120).stdout)
@@ -379,14 +326,10 @@ def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
     assert [check["name"] for check in result] == keys
     assert all((check["status"], check["fix"]) == ("MISS", "trace-ds fetch CONFIG") for check in result)
     assert "run" not in groups, "said once"
-    assert place.server.run(["fetch", config, "--run-dir", run], tmp_path, time_s=120).returncode == 0
+    assert place.server.run(["fetch", config], tmp_path, time_s=120).returncode == 0
     result, groups = of_the_hub()
     assert [(check["name"], check["status"]) for check in result] == [(key, "OK") for key in keys]
     assert "run" in groups
-    record = json.loads((run / "fetched.json").read_text())
-    record["models"]["org/examined"]["commit"] = "0" * 40
-    (run / "fetched.json").write_text(json.dumps(record))
-    assert [check["status"] for check in of_the_hub()[0]] == ["MISS", "OK"]
 
 
 @pytest.mark.parametrize(
@@ -400,10 +343,3 @@ def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
 def test_what_is_a_name_on_the_hub(text: str, name: HubName | None) -> None:
     assert hub_name(text) == name
     assert name is None or str(name) == text
-
-
-@pytest.mark.parametrize("text", ["{", '{"models": {"org/a": {"commit": 3}}, "data": {}, "tasks": {}}'])
-def test_a_damaged_record_of_what_was_fetched_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "fetched.json").write_text(text)
-    with pytest.raises(UserError, match=r"fetched.json: the record of what was fetched is damaged"):
-        read_record(RunDirectory(tmp_path))

@@ -6,6 +6,7 @@ run, each benchmark and family among them; ``make matrix`` runs the others, and 
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import re
@@ -111,19 +112,13 @@ def from_fetch_to_report(place: Place, folder: Path, words: list[str]) -> Path:
 def check_report(
     place: Place, run: Path, task: str, model: str, variants: tuple[str, ...] = (), without: tuple[str, ...] = ()
 ) -> None:
-    record = json.loads((run / "fetched.json").read_text())
-    assert record["models"][hub_id(model)]["commit"] == place.commits[hub_id(model)]
-    commits = {name: entry["commit"] for name, entry in record["data"].items()}
-    for entry in record["tasks"].values():
-        commits |= entry["commits"]
-    assert len(commits) == {"wmdp_cyber": 4, "wmdp_bio": 5}.get(task, 1)
-    assert all(place.commits[name] == commit for name, commit in commits.items())
-    scores = json.loads((run / "report" / "scores.json").read_text())
+    assert f"{hub_id(model)}@{place.commits[hub_id(model)]}" in (run / "model" / "README.md").read_text()
+    scores = list(csv.DictReader((run / "report" / "scores.csv").read_text().splitlines()))
     models = {score["model"] for score in scores}
     assert models == {"original", "unlearned", *variants} | (set() if task in AS_THEY_ARE else {"retrained"})
     tasks = {each.name for each in load_config([task, model])[0].evaluation.tasks}
     assert {score["task"] for score in scores} >= tasks - {*without}
-    result = {(score["model"], score["task"], score["metric"]): score["value"] for score in scores}
+    result = {(score["model"], score["task"], score["metric"]): float(score["value"] or "nan") for score in scores}
     if "wmdp" in task:
         assert all(0 <= result["unlearned", name, "acc"] <= 1 for name in {task, "mmlu"} - {*without})
     if "muse" in task and task not in AS_THEY_ARE:
@@ -158,7 +153,7 @@ def test_from_fetch_to_the_report(task: str, model: str, place: Place, tmp_path:
 
 def check_readme(place: Place, folder: Path) -> None:
     """The README's way from nothing to this run, as it stands there; ``submit`` up to the queue."""
-    block = README.read_text(encoding="utf-8").partition("WMDP-cyber on OLMoE, from scratch:\n\n```\n")[2]
+    block = README.read_text(encoding="utf-8").partition("A complete example, WMDP-cyber on OLMoE:\n\n```\n")[2]
     lines = [shlex.split(line, comments=True) for line in block.partition("```")[0].splitlines()]
     assert [words[:2] for words in lines] == [
         ["pip", "install"],

@@ -19,6 +19,8 @@ from tests.headless_chromium import Chromium, find_chromium
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.report import report
 
+NAME = "wmdp_cyber-qwen1_5_moe_a2_7b"  # as long as a recipe makes it
+
 pytestmark = [
     pytest.mark.slow,
     # CI installs Chromium and must not skip these tests by accident.
@@ -30,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_run(tmp_path_factory.mktemp("browser") / "run", hostile=HOSTILE)
+    path = write_run(tmp_path_factory.mktemp("browser") / "run", name=NAME, hostile=HOSTILE)
     return report(RunDirectory.at(path))
 
 
@@ -120,7 +122,33 @@ def test_the_map_and_the_charts_answer_to_pointer_and_keyboard(browser: Chromium
     assert browser.run(TIP) is None
     focus(browser, "#chart-frontier svg")
     browser.key("ArrowRight")
-    assert "unlearned (TRACE), step 0" in browser.run(TIP)
+    assert f"{NAME} (TRACE), step 0" in browser.run(TIP)
+
+
+def test_the_frontier_says_its_axes_steps_and_direction(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    chart = "document.querySelector('#chart-frontier svg')"
+    texts = lambda css: browser.run(f"[...{chart}.querySelectorAll('{css}')].map((n) => n.textContent)")  # noqa: E731
+    assert texts(".axis-y") == ["utility, 0 … 1 (more kept →)"]
+    assert texts(".axis-x") == ["forget score, 0 … 1 (← more forgotten)"]
+    assert {"60", "80", "100"} <= set(texts(".step"))
+    assert browser.run(f"{chart}.querySelectorAll('path.way').length") > 0
+    ticks = browser.run(
+        f"[...{chart}.querySelectorAll('text:not([class])')].filter((n) => n.getAttribute('text-anchor') === 'middle')"
+        ".map((n) => [Number(n.textContent), Number(n.getAttribute('x'))])"
+    )
+    assert sorted(ticks) == sorted(ticks, key=lambda tick: tick[1]) and len(ticks) > 2  # more to the right
+
+
+@pytest.mark.parametrize(
+    ("place", "word"),
+    [("#result", "TRACE"), ("#curves .legend", "gold"), ("#run", "raking"), ("#weights", "tempering λ")],
+)
+def test_a_term_of_art_is_explained_where_it_stands(browser: Chromium, page: Path, place: str, word: str) -> None:
+    browser.open(page)
+    link = f"[...document.querySelectorAll('{place} a.word')].find((node) => node.textContent === '{word}')"
+    meaning = browser.run(f"document.querySelector({link}.getAttribute('href')).nextElementSibling.textContent")
+    assert len(meaning) > 20 and browser.run(f"{link}.title") == meaning
 
 
 def test_questions_can_be_searched_and_filtered(browser: Chromium, page: Path) -> None:

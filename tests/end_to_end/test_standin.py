@@ -1,6 +1,6 @@
 """The rules of a GPU, without one: nothing mixes devices, reads what has not arrived, or waits more than it must.
 
-Each test runs on a stand-in device (``standin_device.py``), and on a GPU where there is one, in a process of its own.
+Each test runs on a stand-in device (``standin_device.py``) in a process of its own; on a GPU: tools/gpu_acceptance.py.
 Not under it: DeepSpeed's engines, and with them ZeRO and AutoEP; experts that run one after the other (transformers'
 ``eager`` looks up the tokens of each expert, for which the host waits); GRIP, which writes into DeepSpeed's optimizer.
 """
@@ -13,13 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from processes import CONTEXT
 
-KINDS = [
-    "standin",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")),
-]
 EXPECTED = {
     "cpu_index": (AssertionError, "copies an index"),
     "item": (AssertionError, "reads a value"),
@@ -27,7 +22,6 @@ EXPECTED = {
     "numpy": (TypeError, "can't convert standin:0 device type tensor to numpy"),
     "cpu_sum": (RuntimeError, "Expected all tensors to be on the same device"),
 }
-JOBS = ("rmu", "npo", "undial", "pdu", "adaptive", "kl", "sampled", "seuf", "micro_batches", "finetune")
 Ask = Callable[..., Any]
 
 
@@ -48,27 +42,24 @@ def test_the_device_keeps_the_rules(ask: Ask) -> None:
     ask("rules")
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
-def test_collect(ask: Ask, kind: str, family: str, tmp_path: Path) -> None:
-    ask("check_collect", kind, family, tmp_path)
+def test_collect(ask: Ask, family: str, tmp_path: Path) -> None:
+    ask("check_collect", family, tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "job", ["rmu", "npo", "undial", "pdu", "adaptive", "kl", "sampled", "seuf", "micro_batches", "finetune"]
 )
-def test_unlearn(ask: Ask, kind: str, job: str, tmp_path: Path) -> None:
-    ask("check_unlearn", kind, job, "mixtral", tmp_path)
+def test_unlearn(ask: Ask, job: str, tmp_path: Path) -> None:
+    ask("check_unlearn", job, tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_scorer_and_attacks(ask: Ask, kind: str, tmp_path: Path) -> None:
-    ask("check_scorer", kind, tmp_path)
+def test_scorer_and_relearning(ask: Ask, tmp_path: Path) -> None:
+    ask("check_scorer", tmp_path)
 
 
 @pytest.mark.parametrize("fault", EXPECTED)
 def test_a_fault_fails(ask: Ask, fault: str, tmp_path: Path) -> None:
     error, words = EXPECTED[fault]
     with pytest.raises(error, match=words):
-        ask("check_collect", "standin", "mixtral", tmp_path, fault)
+        ask("check_collect", "mixtral", tmp_path, fault)

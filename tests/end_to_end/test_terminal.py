@@ -32,11 +32,10 @@ def test_a_stage_tells_one_line_and_its_log_everything(server: Server, tiny_mode
     assert [line.partition("] ")[2] for line in summary[:2]] == kept[:2] and len(summary) == 3
 
 
-def test_variants_are_named_and_a_stage_of_its_own_counts_from_its_start(
+def test_variants_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(VERBOSE, raising=False)
-    monkeypatch.setenv(log.BEGAN, "1000.0")
     monkeypatch.setattr(log.time, "time", lambda: 1042.0)
     for run_directory in (
         RunDirectory(tmp_path / "run" / "variants" / "even", tmp_path / "run"),
@@ -47,9 +46,9 @@ def test_variants_are_named_and_a_stage_of_its_own_counts_from_its_start(
             stage.done("100 steps")
         log.already_done("unlearn", run_directory)
     assert capsys.readouterr().out.splitlines() == [
-        "[unlearn even] 100 steps (42 s)",
+        "[unlearn even] 100 steps (0.10 s)",
         "[unlearn even] already done",
-        "[unlearn] 100 steps (0.10 s)",  # a second log in the same process
+        "[unlearn] 100 steps (0.10 s)",
         "[unlearn] already done",
     ]
 
@@ -81,19 +80,6 @@ def test_progress_says_seconds_a_step_where_steps_are_slow(
     stage = log.StageLog("unlearn", tmp_path / "unlearn.jsonl", None)
     log.Progress(stage, "steps", 200).advance(steps)
     assert f"steps: {steps}/200 steps, {speed}, about " in capsys.readouterr().out
-
-
-def test_what_libraries_say_of_their_own_accord_is_not_heard(tiny_model: Path) -> None:
-    """A sequence longer than the tokenizer's maximum; in a process where they are new."""
-    code = (
-        "import logging, sys\nfrom trace_ds.terminal import quiet_libraries\n"
-        "quiet_libraries()\n"
-        "from transformers import AutoTokenizer\n"
-        "AutoTokenizer.from_pretrained(sys.argv[1], model_max_length=2)('one two three four')\n"
-        "logging.getLogger('DeepSpeed').warning('Setting accelerator to CPU')\n"
-    )
-    done = run([sys.executable, "-c", code, tiny_model])
-    assert done.returncode == 0 and done.stdout + done.stderr == "", done
 
 
 def test_completion_can_be_installed_and_completes(tmp_path: Path) -> None:

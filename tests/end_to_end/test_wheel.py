@@ -103,7 +103,7 @@ def test_commands_of_the_installed_wheel(wheel: Path, tiny_model: Path, tmp_path
     assert "olmoe_1b_7b" in run(trace_ds, "recipes", cwd=tmp_path)
     tiny.write_config(tmp_path, tiny_model)
     plan, would, *_, submitted = run(python, "-c", IN_ONE_PROCESS, cwd=tmp_path).split(MARK)[1:]
-    assert "6,919,161,856" in plan
+    assert "6.919 B parameters" in plan
     assert "would run: prepare, collect" in would
     assert (tmp_path / "runs" / "tiny" / "report" / "index.html").is_file()
     assert submitted.count("sbatch --parsable") == 6

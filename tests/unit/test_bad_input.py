@@ -52,6 +52,7 @@ def refused(config: Path, changes: list[str]) -> str:
     return error.value.line()
 
 
+STUDY = "bench={{methods: {{a: {{}}, b: {{}}}}, baseline: a, forget: x y, utility: [x y], {}}}"
 CONFIG_ERRORS = [
     ("unlearning.learning_rte=1", "unknown key 'unlearning.learning_rte'"),
     ("unlearning.alhpa=1", "did you mean 'alpha'?"),
@@ -70,6 +71,13 @@ CONFIG_ERRORS = [
     (f"seed={2**64}", "seed: Input should be less than 9223372036854775808"),
     (f"model.path={'a' * 256}", "model.path: no file can have a name over 255 or a path over 4095 bytes"),
     ('model.path="a\\0b"', "model.path: a path cannot hold the character NUL"),
+    ("unlearning.steps.most=7", "'steps' is a value and has no keys. Fix: end the key with steps"),
+    ("unlearning.evaluate={every: 1, until: ['loss <= 1']}", "retain_overlap or 'TASK METRIC' of its tasks (none)"),
+    (
+        STUDY.format("grids: {c: {}}"),
+        "grids names 'c', which is no method: a, b",
+    ),
+    (STUDY.format("grids: {a: {unlearning.alpha: [1]}}"), "run and never tuned; grid has none"),
     ("=7", "'=7' is not KEY=VALUE"),
     ("seed=[", "the value of 'seed' is not valid YAML in line 1"),
 ]
@@ -215,7 +223,7 @@ def question(**changes: Any) -> Change:
 
 def a_run(folder: Path) -> None:
     config, _ = load_config(str(folder / "config.yaml"))
-    RunDirectory(folder / "run").create(dump_yaml(config))
+    RunDirectory(folder / "run", config_text=dump_yaml(config)).store_config()
 
 
 def nothing(folder: Path) -> None:
@@ -276,7 +284,7 @@ CASES: list[tuple[str, str, Change, str]] = [
         "layer",
         f"{RUN} --variants a --set 'variants={{a: {{unlearning.rmu.layer: 99}}}}'",
         nothing,
-        "layer 99 of a model with 3",
+        "layer 99 does not exist: the model has 3",
     ),
     ("gold", f"{RUN} --set 'evaluation.models={{gold: no/such/model}}'", nothing, "no/such/model: there is no model"),
     ("ds_config", f"{RUN} --set unlearning.ds_config=no/file.json", nothing, "DeepSpeed configuration cannot be read"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.headless_chromium import Chromium, find_chromium
 from trace_ds.config.compose import recipe_names
 from trace_ds.config.load import dump_yaml, load_config, validate
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.studies import analysis, runs
 from trace_ds.studies.analysis import SAME, Comparison, Curve, matched
+from trace_ds.studies.page import render_study
 
 ALPHA, LR = "unlearning.alpha", "unlearning.optimizer.lr"
 FORGET, KEPT = "bad accuracy", "good exact_match"
@@ -60,21 +64,21 @@ def curve(
     steps = list(range(0, 10 * len(utilities) + 1, 10))
     forget = [0.0 if step is not None and at >= step else 1.0 for at in steps]
     scores = {FORGET: forget, KEPT: [utilities[0], *utilities]}
-    return Curve(seed, "recipe", method, f"alpha={alpha},lr={lr}", steps, scores, **more)
+    return Curve(seed, method, f"alpha={alpha},lr={lr}", steps, scores, **more)
 
 
-def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
+def test_a_study_has_every_combination_and_a_methods_own_grid_wins() -> None:
     study = config(
-        losses={"rmu": {}, "graddiff": {"unlearning.forget_loss": "graddiff", ALPHA: 9.0}},
-        grids={"graddiff": {ALPHA: [9.0]}, "sampling": {LR: [1e-3]}, "graddiff sampling": {ALPHA: [9.0, 18.0]}},
+        methods={"uniform": {"calibration.rule": "uniform"}, "sampling": {ALPHA: 9.0}},
+        grids={"sampling": {LR: [1e-3], ALPHA: [9.0, 18.0]}},
     )
     bench = study.bench
     assert bench is not None
     runs.check_study(study)
     trials = runs.trials_of(bench)
-    assert len(trials) == len({trial.name for trial in trials}) == (4 + 2) + (2 + 2)
-    assert trials[0].name == "rmu-uniform-alpha1.0-lr0.001"
-    assert runs.recipe_trial(study, "graddiff", "sampling").strength == {ALPHA: 9.0, LR: 1e-3}
+    assert len(trials) == len({trial.name for trial in trials}) == 4 + 2
+    assert trials[0].name == "uniform-alpha1.0-lr0.001"
+    assert runs.recipe_trial(study, "sampling").strength == {ALPHA: 9.0, LR: 1e-3}
 
 
 def test_every_run_is_a_variant_with_the_changes_of_its_method_alone(tmp_path: Path) -> None:
@@ -97,7 +101,7 @@ def test_every_run_is_a_variant_with_the_changes_of_its_method_alone(tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": {ALPHA: [1.0]}}, r"the grid for recipe uniform lacks the recipe's own strength alpha=4.0"),
+        ({"grid": {ALPHA: [1.0]}}, r"the grid for uniform lacks the recipe's own strength alpha=4.0"),
         ({"baseline": "none"}, r"the baseline 'none' is not among the methods uniform, sampling"),
         ({"grids": {"sampling": {"unlearning.steps": [5]}}}, r"grids.sampling has unlearning.steps, which grid lacks"),
         ({"forget": "bad acuracy"}, r"'bad acuracy' is not 'TASK METRIC' of a task of unlearning.evaluate.tasks"),
@@ -105,12 +109,28 @@ def test_every_run_is_a_variant_with_the_changes_of_its_method_alone(tmp_path: P
         ({"utility": ["text perplexity"]}, r"text perplexity does not grow with what is kept"),
         ({"forget": "text perplexity"}, r"perplexity does not fall as more is forgotten"),
         ({"forget": "bad exact_match"}, r"exact_match has no chance level, so there is no forgetting target"),
+        ({"margin": 1.0}, r"bench.margin \(0.25 \+ 1\): bad accuracy is a number from 0 to 1, not 1.25. Fix: give one"),
         ({"methods": {"uniform": {}, "b": {"calibration.rul": "x"}}}, r"unknown key 'calibration.rul'"),
     ],
 )
 def test_a_study_that_cannot_be_run_says_why(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         runs.check_study(config(**changes))
+
+
+@pytest.mark.parametrize("level", ["--target=1.25", "--target=-0.1", "--levels=0.5 1.25"])
+def test_a_target_that_is_no_share_is_one_line(
+    level: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools import study_from_csv
+
+    option, *values = level.replace("=", " ").split()
+    monkeypatch.setattr("sys.argv", ["study_from_csv", "bench_entangled", "no.csv", option, *values])
+    with pytest.raises(SystemExit) as ended:
+        study_from_csv.main()
+    line = capsys.readouterr().err
+    assert (ended.value.code, line.count("\n")) == (2, 1)
+    assert f"{option}: symbols accuracy is a number from 0 to 1, not {values[-1]}. Fix: give one (30 % is 0.3)" in line
 
 
 def test_a_metric_may_be_restricted_to_sources() -> None:
@@ -140,7 +160,7 @@ def test_strengths_are_chosen_on_the_other_fold_only() -> None:
         for alpha in (1.0, 4.0):
             own_best = (alpha == 4.0) == (seed % 2 == 0)
             curves.append(curve(seed, "uniform", alpha, [0.9 if own_best else 0.3] * 2, 10))
-    kinds = dict(Comparison(config(), curves, AT_HALF).choices("recipe"))
+    kinds = dict(Comparison(config(), curves, AT_HALF).choices())
     assert list(kinds) == [SAME, "own alpha"]  # of the learning rate there is one value: nothing to choose
 
     def alphas(kind: str) -> list[str]:
@@ -164,14 +184,14 @@ def row_of(curves: list[Curve], at: str, method: str = "sampling") -> dict[str, 
     return next(row for row in rows if (row["method"], row["strength"], row["at"]) == (method, SAME, at))
 
 
-def test_pairs_are_of_the_same_seed_and_missing_ones_are_named() -> None:
+def test_pairs_are_of_the_same_seed() -> None:
     curves = [curve(0, "sampling", 4.0, [0.0, 0.6, 0.8], 20), curve(1, "sampling", 4.0, [0.9], None)]
     curves += [curve(0, "uniform", 4.0, [0.1, 0.5], 10), curve(1, "uniform", 4.0, [0.4], 10)]
-    for at, expected in (("post", (0.7, 0.3)), ("cross", (0.3, 0.1)), ("end", (0.8, 0.5))):
+    for at, expected in (("post", (0.7, 0.3)), ("end", (0.8, 0.5))):
         row = row_of(curves, at)
         assert (row["value"], row["baseline"]) == pytest.approx(expected)
         assert row["relative"] == pytest.approx(expected[0] / expected[1] - 1)
-        assert row["seeds"] == [0] and row["not_reached"] == {"method": [1], "baseline": []}
+        assert row["seeds"] == [0]
         assert (row["steps"], row["baseline_steps"]) == ([20], [10])
         assert row["relative_interval"] is None
     assert row["strengths"]["0"] == "alpha=4.0,lr=0.001"
@@ -189,7 +209,7 @@ def test_a_seed_with_nothing_to_forget_is_named_and_left_out() -> None:
 def test_diverged_runs_and_values_that_are_no_numbers_are_left_out() -> None:
     mine, base = curve(0, "sampling", 4.0, [0.9], 10), curve(0, "uniform", 4.0, [math.inf], 10)
     row = row_of([mine, base], "end")
-    assert (row["seeds"], row["not_a_number"], row["forget_end"]) == ([], [0], [])
+    assert (row["seeds"], row["forget_end"]) == ([], [])
     diverged = curve(0, "sampling", 4.0, [0.9], 10, diverged=True)
     assert row_of([diverged, curve(0, "uniform", 4.0, [0.25], 10)], "post")["value"] is None
     assert analysis.ratio_interval([0.1, 0.2], [-1.0, -2.0]) is None  # no ratio to a baseline below zero
@@ -236,18 +256,70 @@ def test_utility_over_levels_is_read_off_the_lines_between_steps() -> None:
     expected = np.interp(levels, [0.3, 0.6, 0.8], [0.6, 0.9, 1.0]).mean()
     steps = [0, 3, 6, 9, 12]
     result = over_levels(steps, forget, utility, 0.35, 0.65)
-    assert result.post == pytest.approx(expected) and (result.step, result.spacing, result.end) == (6, 3, 0.3)
-    assert result.at_crossing == matched(steps, forget, utility, 0.35).at_crossing
+    assert result.post == pytest.approx(expected) and (result.step, result.end) == (6, 0.3)
     assert over_levels(steps, forget, utility, 0.1, 0.65).step is None  # never that low
     assert over_levels(steps[2:], forget[2:], utility[2:], 0.35, 0.65).step is None  # lower when first looked at
 
 
 def test_the_smallest_difference_that_is_told_is_found_four_times_in_five() -> None:
-    from tools.study_from_csv import detectable
-
     rng = np.random.default_rng(5)
     differences = rng.normal(size=5)
-    smallest = detectable({"by_seed": list(0.5 + differences), "baseline_by_seed": [0.5] * 5})
+    smallest = analysis.smallest_detectable(list(differences))
     assert smallest is not None
     draws_DN = rng.normal(smallest / differences.std(ddof=1), 1, (40_000, 5))
     assert (stats.ttest_1samp(draws_DN, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+
+
+def published_study(name: str, target: float) -> dict[str, Any]:
+    """study.json of a published study, as far as its curves tell it."""
+    from tools.study_from_csv import read_curves
+
+    studied, _ = load_config(f"bench_{name}", [], "out")
+    curves = read_curves(studied, Path(__file__).parents[2] / f"docs/studies/{name}.csv")
+    measure = partial(matched, target=target)
+    return Comparison(studied, curves, measure).summary() | {"target": target, "references": {}, "made_with": [{}]}
+
+
+@pytest.mark.parametrize(("name", "target"), [("entangled", 0.302), ("verbatim", 0.0653)])
+def test_the_page_of_a_study_opens_with_its_verdict(name: str, target: float) -> None:
+    """The numbers that are computed, of the first method where most seeds are compared; table, plot and words later."""
+    result = published_study(name, target)
+    text = render_study(result)
+    mine = [r for r in result["comparisons"] if (r["method"], r["at"]) == ("sampling", "post")]
+    row = next(r for r in mine[::-1] if len(r["seeds"]) == 5 and r["metric"] == mine[0]["metric"])
+    differences = [a - b for a, b in zip(row["by_seed"], row["baseline_by_seed"], strict=True)]
+    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    outcome = {"entangled": "sampling is ahead of uniform: ", "verbatim": "No difference told between sampling and "}
+    assert (interval.low > 0) == (name == "entangled")
+    sentences = re.split(r"</h1>\s*<p class=\"verdict\">", text)[1].partition("</p>")[0]
+    assert sentences.startswith(outcome[name]) and sentences.count(". ") == 1
+    change = f"{np.mean(differences):+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]".replace("-", "−")
+    power = f"tell a difference of {row['detectable']:.3f} four times in five."
+    for part in (f"{row['value']:.3f} against {row['baseline']:.3f}, {change}", "on 5 of 5 seeds", power):
+        assert part in sentences
+    places = [text.index(part) for part in (sentences, "<table>", "<svg", "What the words mean")]
+    assert places == sorted(places) and "<script" not in text
+    untuned = re.search(r'<th scope="row">weighting</th>.*?data-head="own alpha, lr">(.*?)</td>', text)
+    assert untuned is not None and untuned[1] == "<small>not tuned</small>"
+
+
+def test_a_study_on_which_nothing_can_be_compared_has_no_verdict() -> None:
+    curves = [curve(s, "sampling", 4.0, [0.5, 0.5], 20 if s else None) for s in (0, 1)]
+    curves += [curve(s, "uniform", 4.0, [0.4, 0.4], 20) for s in (0, 1)]
+    result = Comparison(config(), curves, AT_HALF).summary() | {"target": 0.5, "references": {}, "made_with": [{}]}
+    assert "No verdict: sampling and uniform both forgot on 1 of 2 seeds only." in render_study(result)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_chromium() is None and not os.environ.get("CI"), reason="no Chromium (apt-get install chromium)"
+)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_a_study_is_whole(tmp_path: Path, width: int) -> None:
+    (tmp_path / "study.html").write_text(render_study(published_study("entangled", 0.302)), encoding="utf-8")
+    with Chromium(width, 900, phone=width < 500) as browser:
+        browser.open(tmp_path / "study.html")
+        assert browser.run("document.documentElement.scrollWidth") <= width and browser.messages == []
+        outside = "[...document.querySelectorAll('table, td, svg, svg text, p')].filter((n) => {"
+        outside += " const box = n.getBoundingClientRect(); return box.left < 0 || box.right > innerWidth; }).length"
+        assert browser.run(outside) == 0 and browser.run("document.querySelectorAll('table, svg').length") > 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from calibration_world import make_world
 from scipy import stats
 
 from trace_ds.calibration.detect import detect, log_ratio
@@ -110,16 +109,3 @@ def test_an_expert_never_selected_on_one_side_has_a_finite_ratio_and_a_wide_inte
     ratio, error, freedom = log_ratio(forget, retain)
     assert np.isfinite([ratio[1, 2], error[1, 2], freedom]).all()
     assert ratio[1, 2] > 5 and error[1, 2] > 1.4, "zero selections say little about how small the frequency is"
-
-
-@pytest.mark.parametrize("method", ["top_difference", "top_ratio"])
-def test_top_methods_rank_and_count(method: str) -> None:
-    forget, retain = (corpus.statistics(8) for corpus in make_world(seed=2))
-    p, q = forget.frequency_LE, retain.frequency_LE
-    scores = {
-        "top_difference": p - q,
-        "top_ratio": p / np.maximum(q, 0.25 * 2 / 8),
-    }[method]
-    result = detect(forget, retain, DetectionConfig(method=method, top_n=2))
-    for group, mask in zip(scores, result.selected_LE, strict=True):
-        assert set(np.nonzero(mask)[0]) == set(np.argsort(-group)[:2])

@@ -15,7 +15,7 @@ from scipy import optimize
 from trace_ds.calibration import raking
 from trace_ds.calibration.raking import rake
 from trace_ds.calibration.tokens import TokenMap
-from trace_ds.calibration.units import Units, evaluate
+from trace_ds.calibration.units import Units
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import bench_calibrate
@@ -173,11 +173,3 @@ def test_two_experts_that_exclude_each_other_do_not_stop_the_others() -> None:
     assert "tied" in raking.reason_S[8:] and not any(raking.reason_S[:8])
     np.testing.assert_allclose(raking.target_S, w @ active / w.sum(), atol=1e-5)
     assert ess(w) >= 0.5 - 1e-9
-
-
-def test_empty_scope_and_no_tokens() -> None:
-    selected = np.zeros((3, 2, 2), np.uint8)
-    raking = rake(Units.of(selected, np.zeros((2, 4), dtype=bool)), np.zeros(0), np.zeros(0), 20.0, 0.5)
-    assert raking.strength == 1.0 and raking.point.ess == 1.0
-    with pytest.raises(ValueError, match="no counted tokens"):
-        evaluate(Units.of(selected[:0], np.zeros((2, 4), dtype=bool)), np.zeros(0))

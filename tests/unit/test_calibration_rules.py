@@ -202,7 +202,7 @@ def test_source_patterns_multiply_and_one_that_matches_nothing_is_named() -> Non
     names, source_D = ["near/code", "near/element", "general/x"], np.array([2, 1, 0, 1])
     log_D = source_log_weights({"near/*": 4.0, "*element": 2.5}, names, source_D)
     np.testing.assert_allclose(np.exp(log_D), [1.0, 10.0, 4.0, 10.0])
-    with pytest.raises(ValueError, match=r"no retain document has a source like 'nera/\*'; there are 3: general/x"):
+    with pytest.raises(ValueError, match=r"no retain document has a source like 'nera/\*'; there are general/x"):
         source_log_weights({"nera/*": 4.0}, names, source_D)
 
 

@@ -174,14 +174,14 @@ def test_none_found_may_go_on(job, then: str, experts: str, uniform: bool) -> No
 
 @pytest.mark.parametrize("apply", ["loss", "sampling"])
 def test_a_retain_corpus_of_one_document_is_calibrated(tmp_path, apply: str) -> None:
-    """Its errors are not known: nothing is detected, and a top_* method goes on with finite weights."""
+    """Its errors are not known: nothing is detected, and it goes on with finite weights."""
     model = make_model(tmp_path / "model", layers=LAYERS, experts=EXPERTS, top_k=TOP_K)
     path = write_config(tmp_path, model, unlearning__apply=apply)
     text = " ".join(
         json.loads(line)["text"] for line in (tmp_path / "corpora" / "retain.jsonl").read_text().splitlines()
     )
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    keys = [f"data.retain=[{{path: {tmp_path}/one.jsonl}}]", "calibration.detection.method=top_difference"]
+    keys = [f"data.retain=[{{path: {tmp_path}/one.jsonl}}]"]
     config, _ = load_config(str(path), keys)
     run = RunDirectory(tmp_path / "run")
     prepare(config, run)
@@ -193,7 +193,7 @@ def test_a_retain_corpus_of_one_document_is_calibrated(tmp_path, apply: str) -> 
 
 
 def test_a_solver_that_ends_early_is_an_error(job, monkeypatch) -> None:
-    monkeypatch.setattr(raking, "MAX_PASSES", 2)
+    monkeypatch.setattr(raking, "MAX_LBFGS_ITERATIONS", 2)
     monkeypatch.setattr(raking, "MAX_STRENGTHS", 2)
     config, run = job()
     with pytest.raises(UserError, match=r"the solver ended short of its targets.*calibration.experts: selected"):
@@ -297,13 +297,8 @@ def test_a_trace_of_other_tokens_is_refused(job) -> None:
         calibrate(config, run)
 
 
-def test_bench_tool_measures_and_fails_on_a_limit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = ["--tokens", "20000", "--layers", "2", "--experts", "8", "--top-k", "2", "--experts-in-scope", "5"]
-    words = [bench_calibrate.__file__, *small, "--row-tokens", "16", "--json", "--max-gib"]
-    monkeypatch.setattr(sys, "argv", [*words, "0.001"])
-    with pytest.raises(SystemExit, match=r"GiB, more than the limit of 0\.001"):
-        bench_calibrate.main()
+def test_the_bench_tool_measures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [bench_calibrate.__file__, "--shape", "mixtral_8x7b", "--tokens", "20000"])
+    bench_calibrate.main()
     result = json.loads(capsys.readouterr().out)
-    assert result["constraints"] == 5 and result["converged"] and result["largest_miss"] < 1e-6
+    assert result["constraints"] == 32 * 8 and result["converged"] and result["largest_miss"] < 1e-5

@@ -8,7 +8,7 @@ from calibration_world import make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_ds.calibration.tokens import Trace, count_selections, open_trace
+from trace_ds.calibration.tokens import Trace, open_trace
 from trace_ds.calibration.units import Units, evaluate
 from trace_ds.errors import UserError
 
@@ -67,19 +67,6 @@ def test_parts_of_the_trace_and_threads_change_no_bit(monkeypatch) -> None:
     for point in points[1:]:
         np.testing.assert_array_equal(point.frequency_S, points[0].frequency_S)
         assert (point.log_mean, point.ess) == (points[0].log_mean, points[0].ess)
-
-
-def test_counting_the_trace_gives_the_statistics(monkeypatch) -> None:
-    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 333)
-    _, retain = make_world()
-    for threads in (1, 2):
-        counts = count_selections(retain.as_trace(3), retain.tokens, 8, threads=threads)
-        np.testing.assert_array_equal(counts, retain.statistics(8).counts_LE)
-    w = np.random.default_rng(0).random(retain.tokens.tokens)
-    weighted = count_selections(retain.as_trace(), retain.tokens, 8, w)
-    np.testing.assert_allclose(weighted.ravel(), w[retain.counted_T] @ retain.dense(8), rtol=1e-12)
-    with pytest.raises(ValueError, match="expert 7 of 7"):
-        count_selections(retain.as_trace(), retain.tokens, 7)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from stage_calls import prepare
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.corpora.read import REFUSAL_SENTENCES
 from trace_ds.corpora.tokenizer import load_tokenizer
 from trace_ds.errors import UserError
 from trace_ds.run.artefact import Artefact
@@ -111,6 +112,66 @@ def test_a_question_and_its_answer(chat_models: dict[str, Path], tmp_path: Path)
     assert np.asarray(dataset.loss_mask_T[:], bool).tolist() == expected
 
 
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_refusals_answer_the_forget_questions(form: str, chat_models: dict[str, Path], tmp_path: Path) -> None:
+    """`data.alternative: refusals`: row by row the forget question, one refusal, and the loss on it alone."""
+    chats = [chat[:2] for chat in CHATS]
+    rows = [{"q": q["content"], "a": a["content"]} for q, a in chats]
+    entry = {"template": "Q: {q} A:{a}!", "loss_on": "answer"} if form == "text" else {}
+    path = tmp_path / "forget.jsonl"
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in (rows if form == "text" else [{"messages": c} for c in chats]))
+    )
+
+    def data_of(name: str, seed: int, **changes: Any) -> Artefact:
+        (tmp_path / name).mkdir()
+        changes = {"data__packing": "single", "data__context_length": 256} | changes
+        forget = {"data__forget": [{"path": str(path)} | entry], "data__alternative": "refusals", "seed": seed}
+        loaded, _ = load_config(str(tiny.write_config(tmp_path / name, chat_models["marked"], **forget | changes)))
+        return prepare(loaded, RunDirectory.at(tmp_path / name / "run"))
+
+    def rows_of(data: Artefact, side: str) -> list[tuple[list[int], list[bool]]]:
+        dataset = TokenDataset.open(data.file(f"{side}.arrow"))
+        packed = [dataset.row(number) for number in range(len(dataset))]
+        return [(row.input_ids.tolist(), np.asarray(row.loss_mask).tolist()) for row in packed]
+
+    tokenizer = load_tokenizer(chat_models["marked"])
+
+    def expected(question: str, answer: str) -> tuple[list[int], list[bool]]:
+        if form == "messages":
+            return by_hand(tokenizer, TEMPLATES["marked"][1](chat_of(question, answer)))
+        ids, mask = by_hand(tokenizer, [(f"Q: {question} A:", False), (f"{answer}!", True)])
+        return [0, *ids, 1], [False, *mask, True]
+
+    def chat_of(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    data = data_of("first", 0)
+    refused, forget = rows_of(data, "alternative"), rows_of(data, "forget")
+    assert len(refused) == len(forget) == len(chats) and all(any(mask) and not all(mask) for _, mask in refused)
+    used = set()
+    for row, (ids, mask), (question, answer) in zip(refused, forget, chats, strict=True):
+        assert (ids, mask) == expected(question["content"], answer["content"])
+        sentences = [each for each in REFUSAL_SENTENCES if row == expected(question["content"], each)]
+        assert len(sentences) == 1
+        used.update(sentences)
+    assert len(used) > 8
+    again, other = data_of("again", 0), data_of("other", 1)
+    assert data.identity == again.identity != other.identity and rows_of(again, "alternative") == refused
+    assert rows_of(other, "alternative") != refused and rows_of(other, "forget") == forget
+    tofu = load_config(["tofu_forget10", "olmoe_1b_7b"], ["unlearning.forget_loss=dpo", "data.alternative=refusals"])[0]
+    assert (
+        tofu.data.sides == ("forget", "retain", "alternative") and tofu.data.corpus("alternative") == tofu.data.forget
+    )
+    with pytest.raises(UserError, match="documents are longer than 16 tokens"):
+        data_of("short", 0, data__context_length=16)
+    with pytest.raises(UserError, match="needs packing: single"):
+        data_of("dense", 0, data__packing="dense")
+    without = [{"path": str(path), "loss_on": "all"} | ({"template": "{q}"} if form == "text" else {})]
+    with pytest.raises(UserError, match="a refusal takes the place of an answer, and this text has none"):
+        data_of("without", 0, data__forget=without)
+
+
 def test_plain_data_stay_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
     rows = [{"text": text} for text in WORDS]
     _, _, data = prepared(tmp_path, tiny_model, rows)
@@ -136,9 +197,9 @@ def test_the_template_is_part_of_the_identity(chat_models: dict[str, Path], tmp_
             "instruct",
             [{"messages": CHATS[0][::-1]}],
             {},
-            "refuses the conversation (user and assistant must alternate)",
+            "refuses the document (user and assistant must alternate)",
         ),
-        ("thinking", [{"messages": CHATS[0][1:]}], {}, "where an answer begins or ends cannot be told"),
+        ("thinking", [{"messages": CHATS[0][1:]}], {}, "cannot determine where answers begin and end"),
         ("marked", [{"messages": [{"role": "user", "content": 3}]}], {}, "a message holds role, content and no role"),
         ("marked", [{"messages": [{"role": "user", "content": "a b"}]}], {}, "the retain corpus has no usable token"),
         ("marked", [{"text": "a"}], {"loss_on": "answer"}, "the text has no question before its answer"),

@@ -24,8 +24,7 @@ from stage_calls import prepare
 from trace_ds.config.load import load_config
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
-from trace_ds.corpora import tokenizer
-from trace_ds.corpora.read import Document, check_files, corpus_fingerprint, read_documents
+from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import read_task
 from trace_ds.run.directory import RunDirectory
@@ -100,12 +99,9 @@ def make_forms(folder: Path) -> dict[str, dict[str, Any]]:
     (folder / "d.csv.zst").write_bytes(zstd((folder / "j.csv").read_bytes()))
     write_parquet(folder / "shards" / "train-00000-of-00002.parquet", ROWS[:2])
     write_parquet(folder / "shards" / "train-00001-of-00002.parquet", ROWS[2:])
-    data_set(folder / "named")
     names = [*(path.name for path in folder.iterdir() if path.is_file()), "folder", "shards"]
     forms: dict[str, dict[str, Any]] = {name: {"path": str(folder / name)} for name in names}
     forms["pattern"] = {"path": str(folder / "many" / "**" / "*.jsonl*")}
-    forms["directory"] = {"dataset": str(folder / "named"), "config": "near", "split": "train"}
-    forms["slices"] = {"dataset": str(folder / "named"), "config": "near", "split": "train[:40%]+train[2:]"}
     return forms
 
 
@@ -130,20 +126,18 @@ def test_every_form_gives_the_same_documents(tmp_path: Path) -> None:
         assert texts(entry(**raw, template="{title}")) == [row["title"] for row in ROWS], form
         sources[form] = {document.source for document in read_documents([corpus])}
     assert sources["c.jsonl.gz"] == {"c"} and sources["folder"] == {"part"} and sources["shards"] == {"train"}
-    assert sources["pattern"] == {"1", "2"} and sources["directory"] == {"named/near"}
+    assert sources["pattern"] == {"1", "2"}
     assert {document.source for document in read_documents([entry(**raw, source="mine")])} == {"mine"}
 
 
 def test_the_content_decides_and_not_the_place(tmp_path: Path) -> None:
-    first, second = data_set(tmp_path / "a" / "named"), data_set(tmp_path / "b" / "named")
-    near = [entry(dataset=str(folder), config="near", split="train") for folder in (first, second)]
-    assert len({corpus_fingerprint([result]) for result in near}) == 1
-    assert corpus_fingerprint(near[:1]) != corpus_fingerprint([entry(dataset=str(first), config="near", split="test")])
-    before = corpus_fingerprint(near[:1])
-    write_parquet(first / "near" / "test.parquet", ROWS[2:])  # of another split
-    assert corpus_fingerprint(near[:1]) == before
-    write_parquet(first / "near" / "train-00001-of-00002.parquet", ROWS[3:])
-    assert corpus_fingerprint(near[:1]) != before and texts(near[0]) == TEXTS[:2] + TEXTS[3:]
+    paths = [tmp_path / name / "rows.jsonl" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(LINES)
+    assert len({corpus_fingerprint([entry(path=str(path))]) for path in paths}) == 1
+    paths[1].write_bytes(LINES[:-1])
+    assert len({corpus_fingerprint([entry(path=str(path))]) for path in paths}) == 2
 
 
 def test_text_inside_other_columns_and_between_empty_lines(tmp_path: Path) -> None:
@@ -175,21 +169,23 @@ def put(name: str, content: bytes) -> Any:
     return change
 
 
-def directory(folder: Path) -> dict[str, Any]:
-    return {"dataset": str(data_set(folder / "named"))}
+def table_of(rows: list[dict[str, Any]]) -> Any:
+    def change(folder: Path) -> dict[str, Any]:
+        write_parquet(folder / "n.parquet", rows)
+        return {"path": str(folder / "n.parquet")}
+
+    return change
 
 
-def numbers(folder: Path) -> dict[str, Any]:
-    write_parquet(folder / "n.parquet", [{"text": 1}])
-    return {"path": str(folder / "n.parquet")}
+def beside(name: str) -> Any:
+    """A file that is not there, beside two that are."""
 
+    def change(folder: Path) -> dict[str, Any]:
+        for other in ("x.jsonl", "a.docx"):
+            (folder / other).touch()
+        return {"path": str(folder / name)}
 
-def saved(folder: Path) -> dict[str, Any]:
-    return {"dataset": str(Path(put("saved/state.json", b"")(folder)["path"]).parent)}
-
-
-def media(folder: Path) -> dict[str, Any]:
-    return {"dataset": str(Path(put("media/a.tar", b"")(folder)["path"]).parent)}
+    return change
 
 
 def mixed(folder: Path) -> dict[str, Any]:
@@ -198,39 +194,67 @@ def mixed(folder: Path) -> dict[str, Any]:
 
 
 LINES = json_lines(ROWS)
-NEAR = {"config": "near", "split": "train"}
+MANY = json.dumps({f"k{number}": "a" for number in range(11)}).encode()
+ODD = json.dumps({"n": 1, "title": "a", "meta": {"text": "b"}, "chat": [{"role": "user", "content": "c"}]}).encode()
+NEAR = {"dataset": "org/Data-Set", "config": "near", "split": "train"}
+HUB_FAULTS: list[tuple[dict[str, Any], str]] = [
+    (NEAR | {"config": "neer"}, "the data set has no configuration 'neer'. Fix: did you mean 'near'? it has near, far"),
+    ({"dataset": "org/Data-Set"}, "the configuration is missing. Fix: it has near, far"),
+    (
+        {"dataset": "org/Data-Set", "config": "near"},
+        "the data set has several splits, and none is named. Fix: it has train, test: set",
+    ),
+    (NEAR | {"split": "train[:1]+tset"}, "the data set has no split 'tset'. Fix: did you mean 'test'? it has train,"),
+    (NEAR | {"split": "train[:x]"}, "'train[:x]' is no part of a split (Unrecognized"),
+    (NEAR | {"template": "{title} {txt}"}, "there is no column 'txt'. Fix: did you mean 'text'"),
+    ({"dataset": "org/media"}, "cannot read data sets of the kind WebDataset. Fix: convert it to one of Json, Csv"),
+]
 FAULTS: list[tuple[Any, dict[str, Any], str]] = [
     (lambda folder: {"path": str(folder / "x.jsonl")}, {}, "the corpus file does not exist"),
+    (beside("x.jsnl"), {}, "/in has a.docx, x.jsonl: correct data.forget in the configuration"),
+    (beside("x.jsnl"), {}, "the corpus file does not exist. Fix: did you mean 'x.jsonl'? /"),
+    (beside("../in/y/*.jsonl"), {}, "no file matches the pattern. Fix: did you mean 'x.jsonl'? /"),
     (lambda folder: {"path": str(folder)}, {}, "the folder holds no file that can be read"),
+    (lambda folder: {"path": put("x.docx", b"")(folder)["path"][:-7]}, {}, "/in has x.docx: correct data.forget"),
     (lambda folder: {"path": str(folder / "*.jsonl")}, {}, "no file matches the pattern"),
     (put("x.docx", b""), {}, "cannot read files of the kind '.docx'"),
     (put("x.parquet.gz", b""), {}, "cannot read files of the kind '.parquet'"),
-    (mixed, {}, "text files and others are mixed"),
+    (mixed, {}, "text files and others are mixed: notes.txt and a.jsonl"),
     (put("x.jsonl", LINES), {"split": "train"}, "files have no splits"),
     (put("x.jsonl.gz", gzip.compress(LINES)[:-20]), {}, "not a whole .gz file"),
     (put("x.jsonl.zst", zstd(LINES * 200)[:-9]), {}, "not a whole .zst file"),
     (put("x.csv", b"text\ncaf\xe9\n"), {}, "x.csv:2: not UTF-8 (byte 3 of the line)"),
     (put("x.csv", b"a,text\n1,2\n1\n"), {}, "x.csv:3: the row has 1 cells, the first line 2"),
     (put("x.csv", b'text\n"never closed\n'), {}, "not CSV (unexpected end of data)"),
+    (put("x.csv", b"a,b,a\n1,2,3\n"), {}, "two columns are named 'a'"),
     (put("x.csv", b"body\na\n"), {}, "x.csv:2: the line has no text under 'text'. Fix: it has body"),
     (
         put("x.jsonl", LINES),
         {"template": "{titel}"},
         "under 'titel'. Fix: did you mean 'title'? it has title, text",
     ),
+    (put("x.jsonl", MANY), {}, "it has k0, k1, k2, k3, k4, k5, k6, k7 … and 3 more: set the corpus' template to one"),
+    (put("x.jsonl", ODD), {"template": "{n}"}, "under 'n' (a int is there). Fix: it has title, meta.text: set the"),
+    (put("x.jsonl", ODD), {"template": "{meta.txt}"}, "under 'meta.txt'. Fix: did you mean 'meta.text'? it has title,"),
+    (put("x.jsonl", ODD), {"template": "Q: {chat}"}, "a conversation is the whole of its template: {chat}"),
+    (put("x.jsonl", b'{"n": 1}'), {}, "no column holds text, of n: write one that does"),
+    (put("x.jsonl", LINES), {"loss_on": "answer"}, "it has title, text: give the corpus a template of question and"),
+    (put("x.jsonl", b'{"messages": [{"who": "me", "said": "x"}]}'), {}, "a message holds who, said and no role"),
+    (
+        table_of([{"meta": {"text": "a", "n": 1}, "m": 2}]),
+        {"template": "{meta.txt}"},
+        "did you mean 'meta.text'? it has",
+    ),
     (put("x.txt", b"a b"), {"template": "{title}"}, "a text file has the columns text"),
     (put("x.json", b'[{"text": "a"}'), {}, "the file is not a JSON array"),
     (put("x.json", b'[{"text": "\\ud83d"}]'), {}, "is half of a surrogate pair"),
-    (numbers, {}, "the column 'text' holds int64, no text"),
-    (saved, {}, "this is what save_to_disk left, which is not read. Fix: write its splits with to_parquet"),
-    (directory, {"config": "neer"}, "the data set has no configuration 'neer'. Fix: did you mean 'near'?"),
-    (directory, {}, "the configuration is missing. Fix: it has near, far"),
-    (directory, {"config": "near"}, "the data set has several splits, and none is named. Fix: it has train, test: set"),
-    (directory, NEAR | {"split": "train[:1]+tset"}, "the data set has no split 'tset'. Fix: did you mean 'test'?"),
-    (directory, NEAR | {"split": "train[:x]"}, "the data set cannot be read (Unrecognized"),
-    (directory, NEAR | {"split": "tset"}, "the data set has no split 'tset'. Fix: did you mean 'test'?"),
-    (directory, NEAR | {"template": "{title} {txt}"}, "there is no column 'txt'. Fix: did you mean 'text'"),
-    (media, {}, "cannot read data sets of the kind WebDataset"),
+    (table_of([{"text": 1}]), {}, "the column 'text' holds int64, no text. Fix: no column holds text, of text: write"),
+    (lambda folder: {"dataset": str(data_set(folder / "set"))}, {}, "has README.md, far.parquet, near: name the files"),
+    (
+        lambda folder: {"dataset": "x y"},
+        {},
+        "this is no id of a data set on the hub. Fix: write ORG/NAME in data.forget",
+    ),
     (lambda folder: {"dataset": "nobody/nothing"}, {}, "is not in the cache"),
 ]
 
@@ -253,34 +277,21 @@ def test_a_json_array_has_a_limit_of_size(tmp_path: Path, monkeypatch: pytest.Mo
 # ---------------------------------------------------------------------------------------------------- prepare
 
 
-@pytest.fixture
-def many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "BATCH_DOCUMENTS", 7)
-
-
-def test_the_data_are_the_same_whatever_the_number_of_threads(
-    tmp_path: Path, tiny_model: Path, many_batches: None, monkeypatch: pytest.MonkeyPatch
+def test_the_data_are_the_same_whatever_the_batches(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny.write_config(tmp_path, tiny_model)
     long = " ".join(tiny.sentences(3000, 5, tiny.WORDS))
     with (tmp_path / "corpora" / "retain.jsonl").open("a") as handle:
         handle.write(json.dumps({"text": long}) + "\n" + json.dumps({"text": "iron"}) + "\n")
     results = []
-    for number in (1, 3):
-        monkeypatch.setattr("trace_ds.stages.prepare.default_threads", lambda number=number: number)
+    for number in (7, 256):
+        monkeypatch.setattr("trace_ds.corpora.tokenizer.BATCH_DOCUMENTS", number)
         config, directory = load_config(str(path), [], tmp_path / f"run{number}")
         data = prepare(config, RunDirectory.at(directory))
         results.append({item.name: item.read_bytes() for item in (tmp_path / f"run{number}" / "data").iterdir()})
         assert data.summary["retain"]["documents"] == 92
     assert results[0] == results[1] and len(results[0]) == 5
-
-
-def test_what_goes_wrong_in_a_thread_is_told_here() -> None:
-    def refusing(documents: list[Document]) -> list[list[int]]:
-        raise UserError("the tokenizer fails", "x", "repair it")
-
-    with pytest.raises(UserError, match=r"x: the tokenizer fails\. Fix: repair it"):
-        list(tokenizer.encode_documents([Document("a", "")] * 4, refusing, 2))
 
 
 # ---------------------------------------------------------------------------------------------------- questions
@@ -292,49 +303,36 @@ def task(type_: str, **keys: Any) -> TaskConfig:
     return TaskConfig.model_validate({"name": "t", "type": type_, "role": "forget"} | keys)
 
 
-def questions(folder: Path) -> Path:
-    """Questions under others' names of the columns, each kind in a configuration of its own."""
-    kinds: dict[str, dict[str, list[dict[str, Any]]]] = {
-        "choice": {
-            "test": [{"question": f"q{n}", "choices": CHOICES, "answer": n, "subject": "gold"} for n in range(3)]
-        },
-        "verbmem": {"forget": [{"prompt": "It is a", "gt": "truth"}]},
-        "knowmem": {
-            "forget_qa": [{"question": "Who?", "answer": "Jane"}],
-            "forget_qa_icl": [{"question": "What?", "answer": "A book"}],
-        },
-        "privleak": {"forget": [{"text": "seen"}], "holdout": [{"text": "never seen"}]},
-        "bodies": {"train": [{"body": "some words"}, {"body": " "}]},
-    }
-    page: list[dict[str, Any]] = []
-    for name, splits in kinds.items():
-        for split, rows in splits.items():
-            write_parquet(folder / name / f"{split}.parquet", rows)
-        files = [{"split": split, "path": f"{name}/{split}.parquet"} for split in splits]
-        page.append({"config_name": name, "data_files": files})
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': page})}---\n")
-    return folder
+def test_questions_under_others_names_of_the_columns(tmp_path: Path) -> None:
+    def where(name: str, *rows: dict[str, Any]) -> str:
+        write_parquet(tmp_path / f"{name}.parquet", list(rows))
+        return str(tmp_path / f"{name}.parquet")
 
-
-def test_questions_by_the_name_of_a_data_set(tmp_path: Path) -> None:
-    where = {"dataset": str(questions(tmp_path / "muse"))}
-    columns = {"prompt": "question", "source": "subject"}
-    chosen = read_task(task("choice", **where, config="choice", columns=columns))
+    rows = [{"question": f"q{n}", "choices": CHOICES, "answer": n, "subject": "gold"} for n in range(3)]
+    path, columns = where("choice", *rows), {"prompt": "question", "source": "subject"}
+    chosen = read_task(task("choice", path=path, columns=columns))
     assert [(item.prompt, item.answer, item.source) for item in chosen.items] == [
         ("q0", 0, "gold"), ("q1", 1, "gold"), ("q2", 2, "gold")
     ]  # fmt: skip
-    passages = read_task(task("verbatim", **where, config="verbmem", columns={"continuation": "gt"}))
+    verbmem = where("verbmem", {"prompt": "It is a", "gt": "truth"})
+    passages = read_task(task("verbatim", path=verbmem, columns={"continuation": "gt"}))
     assert [(item.prompt, item.continuation, item.source) for item in passages.items] == [
-        ("It is a", "truth", "muse/verbmem/forget")
+        ("It is a", "truth", "verbmem")
     ]
-    knowmem = read_task(task("knowmem", **where, config="knowmem", split="forget_qa", examples="forget_qa_icl"))
+    solved = where("solved", {"question": "What?", "answer": "A book"})
+    asks = where("asks", {"question": "Who?", "answer": "Jane"})
+    knowmem = read_task(task("knowmem", path=asks, examples=solved))
     assert [item.question for item in knowmem.items] == ["Who?"] and knowmem.examples[0].answers == ("A book",)
-    seen = read_task(task("membership", **where, config="privleak", split="forget", holdout="holdout"))
+    seen = read_task(
+        task("membership", path=where("in", {"text": "seen"}), holdout=where("out", {"text": "never seen"}))
+    )
     assert [(item.text, item.member) for item in seen.items] == [("seen", True), ("never seen", False)]
-    bodies = read_task(task("perplexity", **where, config="bodies", columns={"text": "body"}))
+    bodies = read_task(
+        task("perplexity", path=where("b", {"body": "some words"}, {"body": " "}), columns={"text": "body"})
+    )
     assert [item.text for item in bodies.items] == ["some words"]
     assert len({item.sha256 for item in (chosen, passages, knowmem, seen, bodies)}) == 5
-    other = read_task(task("choice", **where, config="choice", columns={"prompt": "question"}))
+    other = read_task(task("choice", path=path, columns={"prompt": "question"}))
     assert other.sha256 != chosen.sha256
 
 
@@ -411,12 +409,16 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(
 ) -> None:
     first = hub.add("datasets", "org/Data-Set", data_set(tmp_path / "first"))
     tagged = hub.add("datasets", "org/Data-Set", tmp_path / "first", ref="v1")
-    near = {"dataset": "org/Data-Set", "config": "near", "split": "train"}
+    near = NEAR
     forms = [near, {"dataset": "org/Data-Set", "config": "far", "rows": 1}, near | {"split": "test"}]
     home = tmp_path / "home"
     ask, ask_offline = (asking(hub.environment(home, offline=offline)) for offline in (False, True))
     online = ask([*forms, near | {"dataset": "org/Data-Set@v1"}])
     assert [result["texts"] for result in online] == [TEXTS, TEXTS[3:4], TEXTS[:1], TEXTS]
+    put("media/a.tar", b"")(tmp_path)
+    hub.add("datasets", "org/media", tmp_path / "media")
+    for line, (_, message) in zip(ask([raw for raw, _ in HUB_FAULTS]), HUB_FAULTS, strict=True):
+        assert message in line
     half = ask([near | {"split": "train[:40%]"}])[0]
     assert half["texts"] == TEXTS[:2] and half["fingerprint"] != online[0]["fingerprint"]
     assert [result["sources"] for result in online[:3]] == [
@@ -425,7 +427,10 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(
         ["Data-Set/near/test"],
     ]
     assert [result["commit"] for result in online] == [first, first, first, tagged]
-    assert "is not in the cache, and the hub was not asked" in online[0]["missing"] and online[2]["missing"] is None
+    assert (
+        "is not in the cache, and downloads are disabled for this command" in online[0]["missing"]
+        and online[2]["missing"] is None
+    )
     requested = len(hub.requests)
     named = ask([near | {"source": "s", "split": split} for split in ("train", "test")])
     assert named[0]["fingerprint"] != named[1]["fingerprint"] and len(hub.requests) == requested + 1  # what main is
@@ -441,7 +446,7 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(
     hub.shutdown()  # no network, and nobody said so
     gone = ask([near, near | {"dataset": f"org/Data-Set@{first}"}, near | {"config": "none"}])
     assert [gone[0]["commit"], gone[1]["commit"]] == [second, first]
-    assert "(configuration none) is not in the cache, and the hub cannot be reached" in gone[2]
+    assert "(configuration none) is not in the cache (it has far, near), and the hub cannot be reached" in gone[2]
 
 
 def test_the_examples_of_the_page_are_valid() -> None:

@@ -81,13 +81,10 @@ def tokenizer_of(directory: Path):
     return Tokenizer.from_file(str(directory / "tokenizer/tokenizer.json"))
 
 
-@pytest.mark.parametrize("module", ["mendeleev", "pycountry"])
-def test_a_missing_package_is_named_with_its_pip_line(
-    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # makes both import and find_spec fail, as if not installed
-    with pytest.raises(UserError, match=r"pip install 'trace-ds\[demo\]'"):
-        corpora.build_corpora(tmp_path)
+def test_a_missing_package_is_named_with_its_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "PACKAGES", (*corpora.PACKAGES, "no-such-package"))
+    with pytest.raises(UserError, match=r"missing: no-such-package. Fix: pip install 'trace-ds\[demo\]'"):
+        run.require_demo(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

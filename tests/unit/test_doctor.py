@@ -192,7 +192,7 @@ TASK = {"name": "facts", "type": "choice", "role": "forget"}
         ({"evaluation__tasks": [TASK | {"path": "bad.jsonl"}]}, ("bad.jsonl:1", "'prompt'")),
         ({"evaluation__tasks": [TASK | {"type": "lm_eval", "task": "wmdp_bio"}]}, ("pip install 'trace-ds[lm-eval]'",)),
         ({"evaluation__models": {"gold": "nowhere"}}, ("no model directory",)),
-        ({"variants": {"steered": {"unlearning.rmu.layer": 9}}}, ("layer 9 of a model with",)),
+        ({"variants": {"steered": {"unlearning.rmu.layer": 9}}}, ("layer 9 does not exist: the model has",)),
     ],
 )
 def test_what_late_stages_and_variants_would_stumble_on(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation import drift, kinds, retrained
 from trace_ds.evaluation.items import ChoiceItem, QuestionItem, VerbatimItem, read_task
-from trace_ds.evaluation.language_model import LanguageModel, TokenScores
+from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.tasks import run_task
 
 CHOICE = {"prompt": "w1 w2", "choices": ["w3", "w4", "w5 w6", "w7"], "answer": 2}
@@ -81,7 +80,7 @@ def test_a_bad_task_file_names_file_and_line(kind: str, lines: Any, message: str
         ({"type": "choice"}, "task x has no path"),
         ({"type": "choice", "path": "a.jsonl", "num_fewshot": 0}, "are keys of lm_eval tasks"),
         ({"type": "lm_eval", "task": "mmlu", "num_fewshot": -1}, "greater than or equal to 0"),
-        ({"type": "lm_eval", "task": "mmlu", "path": "a.jsonl", "num_fewshot": 5}, "a file holds no solved examples"),
+        ({"type": "lm_eval", "task": "mmlu", "path": "a.jsonl"}, "lm_eval brings its own data, path is for other"),
     ],
 )
 def test_a_task_has_the_keys_its_type_needs(keys: dict[str, Any], message: str) -> None:
@@ -217,21 +216,16 @@ def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
 
 
 @given(st.integers(2, 9), st.integers(1, 30), st.integers(0, 2**32), st.data())
-def test_overlap_and_kl_equal_brute_force(experts: int, tokens: int, seed: int, data: st.DataObject) -> None:
-    from scipy.stats import entropy
-
+def test_overlap_equals_brute_force(experts: int, tokens: int, seed: int, data: st.DataObject) -> None:
     top_k, generator = data.draw(st.integers(1, experts)), np.random.default_rng(seed)
     before_TLK, after_TLK = (
         np.array([generator.permutation(experts)[:top_k] for _ in range(tokens)])[:, None] for _ in range(2)
     )
-    result = drift.compare(drift.RoutingSample(before_TLK, 3), drift.RoutingSample(after_TLK, 3), experts)
+    result = drift.compare(drift.RoutingSample(before_TLK, 3), drift.RoutingSample(after_TLK, 3))
     sets = [[set(each[0]) for each in side.tolist()] for side in (before_TLK, after_TLK)]
     assert result["overlap"] == pytest.approx([np.mean([len(a & b) / top_k for a, b in zip(*sets, strict=True)])])
-    counts = [np.array([(side == expert).sum() for expert in range(experts)]) for side in (before_TLK, after_TLK)]
-    assert result["kl"] == pytest.approx([entropy(counts[0] + 0.5, counts[1] + 0.5)], abs=1e-9)
-    assert result["frequency_after"] == [pytest.approx(counts[1] / tokens, abs=1e-6)]
-    same = drift.compare(*[drift.RoutingSample(side, 3) for side in (before_TLK, before_TLK[:, :, ::-1])], experts)
-    assert (same["overlap_mean"], same["kl_mean"]) == (1.0, 0.0)  # the order of the K experts does not matter
+    same = drift.compare(*[drift.RoutingSample(side, 3) for side in (before_TLK, before_TLK[:, :, ::-1])])
+    assert same["overlap_mean"] == 1.0  # the order of the K experts does not matter
 
 
 def packed(path: Path, documents: list[list[int]], context: int) -> TokenDataset:
@@ -262,17 +256,7 @@ def test_routing_of_packed_rows_is_that_of_the_documents_alone(model: LanguageMo
 
 
 def test_membership_scores_by_hand() -> None:
-    scores = TokenScores(
-        np.array([-1, -5, -2, -4, -3], dtype=np.float32),
-        np.zeros(5, dtype=bool),
-        np.array([-2, -2, -2, -2, -3], dtype=np.float32),
-        np.array([1, 1, 2, 2, 0], dtype=np.float32),
-    )
-    result = retrained.member_scores(scores, "text")
-    assert result["loss"] == -3.0
-    assert result["zlib"] == -15 / len(zlib.compress(b"text"))
-    assert result["min_k"] == -4.5  # the two lowest of five
-    assert result["min_k_plus"] == -2.0  # of 1, -3, 0, -1, 0
+    assert retrained.lowest_mean(np.array([-1, -5, -2, -4, -3], dtype=np.float32)) == -4.5  # the two lowest of five
     assert retrained.auc(np.array([3.0, 2.0]), np.array([2.0, 1.0])) == (3 + 0.5) / 4  # a tie counts half
     assert retrained.priv_leak(1.0) == -100.0  # every forget text looks like a member: not unlearned
     assert math.isclose(retrained.priv_leak(0.85, 0.48), 100 * (0.15 - 0.52) / 0.52)
@@ -290,10 +274,9 @@ def test_membership_aucs_equal_scikit_learn(model: LanguageModel, tmp_path: Path
     outcome = run_task(model, task, max_new_tokens=4, context_length=64)
     values = {score["metric"]: score for score in outcome.scores}
     assert values["priv_leak"]["value"] is None and values["priv_leak"]["n"] == 16
-    for attack in retrained.MEMBERSHIP_ATTACKS:
-        scores, labels = zip(*[(item[attack], item["member"]) for item in outcome.items], strict=True)
-        assert values[f"auc_{attack}"]["value"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-        assert values[f"auc_{attack}"]["direction"] == "reference"
+    scores, labels = zip(*[(item["min_k"], item["member"]) for item in outcome.items], strict=True)
+    assert values["auc_min_k"]["value"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert values["auc_min_k"]["direction"] == "reference"
 
 
 def test_priv_leak_is_measured_against_the_retrained_model_or_says_that_it_is_not(case: Case) -> None:  # noqa: F811
@@ -308,7 +291,7 @@ def test_priv_leak_is_measured_against_the_retrained_model_or_says_that_it_is_no
         expected = 100 * ((1 - result["auc_min_k"]["value"]) - theirs) / theirs
         assert result["priv_leak"]["value"] == pytest.approx(expected)
         assert result["priv_leak"]["note"] == f"AUC of the retrained model gold: {gold_auc:.4f}"
-        assert result["auc_loss"]["reference"] == scores["gold"]["auc_loss"]["value"]
+        assert result["auc_min_k"]["reference"] == gold_auc
     evaluate(case.config(tasks=[task], drift=False, models={}), case.run)
     result = {s["metric"]: s for s in case.result("unlearned")["scores"]}
     assert result["priv_leak"]["value"] == pytest.approx(100 * (0.5 - result["auc_min_k"]["value"]) / 0.5)

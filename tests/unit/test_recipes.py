@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS, MODELS = recipe_names("task"), recipe_names("model")
 PAIRS = list(itertools.product(TASKS, MODELS))
 NODES = {"mixtral_8x7b": 2, "mixtral_8x7b_instruct": 2, "mixtral_8x22b": 8, "qwen3_235b_a22b": 8, "deepseek_v3": 32}
-PLANNING = ("mixtral_8x22b", "qwen3_235b_a22b", "deepseek_v3")
 
 leaves = st.none() | st.integers(0, 3) | st.lists(st.integers(0, 3), max_size=2)
 keys = st.sampled_from("abc")
@@ -158,8 +157,7 @@ def test_a_task_and_a_model_make_a_run_that_can_be_planned(task: str, model: str
     assert load_config(write(tmp_path / "mine.yaml", extends=[model, task])) == swapped
     planned = plan(loaded, ClusterSpec(nodes=NODES.get(model, 1)))
     assert not [text for text in planned.warnings if text.startswith("evaluate needs ")]
-    assert planned.unlearn.fits and (planned.collect.fits or model in PLANNING), planned.warnings
-    assert all(stage.fits for name, stage in planned.stages.items() if name != "collect"), planned.warnings
+    assert all(stage.fits for stage in planned.stages.values()), planned.warnings
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -197,6 +195,10 @@ def refused(configs: list[str], *changes: str) -> str:
         (["wmdp_cyber", "demo"], ["demo: this recipe is a whole run, neither a model nor a task", "olmoe_1b_7b"]),
         (["wmdp_cyber", "olmo_1b_7b"], ["olmo_1b_7b: no such configuration file", "did you mean 'olmoe_1b_7b'"]),
         (["wmdp_cyb", "olmoe_1b_7b"], ["did you mean 'wmdp_cyber'"]),
+        (
+            [str(GROUPS["task"] / "wmdp_cyper.yaml")],
+            ["did you mean '/", "wmdp_cyber.yaml'", "… and 1 more; `trace-ds rec"],
+        ),
     ],
 )
 def test_fragments_that_make_no_run(configs: list[str], messages: list[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from tests.fake_run import HOSTILE, STEPS, write_run
 from trace_ds.conversion.card import plain_markdown
@@ -48,21 +49,18 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_what_is_written(run: Path) -> None:
     before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
-    names = ("routing", "selected", "sources", "documents", "curves", "matched", "drift", "attacks")
+    names = ("routing", "selected", "sources", "documents", "curves", "matched", "drift")
     tables = {f"{name}.csv" for name in (*names, "scores", "items")}
-    assert before.keys() == {"index.html", "scores.json", "model_card.md", "artefact.json", *tables}
+    assert before.keys() == {"index.html", "model_card.md", "artefact.json", *tables}
     linked = set(re.findall(r'href="([^"#:]+)"', before["index.html"].decode()))
     assert linked == tables
     report(RunDirectory.at(run))
     assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
-    records = json.loads(before["scores.json"])
-    assert all(set(entry) == {"model", "task", "metric", "value", "headline"} for entry in records)
-    keys = [(entry["model"], entry["task"], entry["metric"]) for entry in records]
-    assert keys == sorted(set(keys))
-    assert {key[0] for key in keys} == {"original", "gold", "unlearned", "uniform", "loss_weighting"}
+    records = rows_of(run / "report" / "scores.csv")
+    assert {entry["model"] for entry in records} == {"original", "gold", "unlearned", "uniform", "loss_weighting"}
     source = json.loads((run / "variants" / "uniform" / "evaluation" / "unlearned.json").read_text())
-    expected = {(s["task"], s["metric"]): s["value"] for s in source["scores"]}
-    assert {(e["task"], e["metric"]): e["value"] for e in records if e["model"] == "uniform"} == expected
+    expected = {(s["task"], s["metric"]): pytest.approx(s["value"], rel=1e-5) for s in source["scores"]}
+    assert {(e["task"], e["metric"]): float(e["value"]) for e in records if e["model"] == "uniform"} == expected
 
 
 def test_routing_table_equals_the_statistics(run: Path) -> None:
@@ -138,17 +136,17 @@ def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> N
 def test_the_verdict_answers_in_words(run: Path) -> None:
     summary = verdict(gather(run))
     row = headline_of(run)
-    after, low = (100 * float(row[f"mean_utility_after_gain{end}"]) for end in ("", "_low"))
-    assert f"it keeps {after:.1f} points more on average once it has forgotten [{low:.1f}, " in summary.sentence
-    assert summary.sentence.startswith("TRACE forgot what it should and kept ")
-    assert " of 97.0 points of utility; against uniform weights" in summary.sentence
+    after, low = (float(row[f"mean_utility_after_gain{end}"]) for end in ("", "_low"))
+    assert f"it keeps {after:.3f} more utility on average once it has forgotten [{low:.3f}, " in summary.sentence
+    assert summary.sentence.startswith("TRACE forgot what it should and kept a utility of ")
+    assert " (0.970 before); against uniform weights" in summary.sentence
     requested = {each.question: each for each in summary.answers}
     forgot, cost = requested["Did it forget?"], requested["What did it cost?"]
     assert forgot.answer == "Yes" and forgot.details == (
-        "elements (accuracy): 30.0 [21.1, 40.8] of 100 after, 97.0 before; forgotten is at most 34.0, what a model "
+        "elements (accuracy): 0.300 [0.211, 0.408] after, 0.970 before; forgotten is at most 0.340, what a model "
         "scores that never saw the text.",
     )
-    assert cost.answer.endswith("points of utility")
+    assert cost.answer.endswith(" of utility")
     assert any(line.startswith("Fluency (perplexity of novels") for line in cost.details)
     first = requested["Is TRACE better than uniform weights?"].details[1]
     assert first.startswith(
@@ -158,17 +156,45 @@ def test_the_verdict_answers_in_words(run: Path) -> None:
     assert "One seed is no proof" in " ".join(summary.lines)
 
 
+def test_one_scale_and_the_configurations_names(run: Path) -> None:
+    """The headline, the tables and the card give scores in 0 … 1, and no model of several is just "unlearned"."""
+    text = (run / "report" / "index.html").read_text("utf-8").partition('<script type="application/json"')[0]
+    shown = re.sub(r"<style>.*?</style>|<pre.*?</pre>", "", text, flags=re.DOTALL)
+    assert not re.search(r"\bpoints\b|of 100\b", shown)
+    row = headline_of(run)
+    for key in ("utility_at_first", "mean_utility_after", "utility_at_end"):
+        assert f"{float(row[key]):.3f}" in shown
+    for label in ("fake (TRACE)", "loss_weighting (TRACE)", "uniform"):
+        assert f'<th scope="col" class="num">{label}</th>' in shown
+    assert not re.search(r">\s*unlearned\b", shown + card_of(run))
+    console = Console(width=200, file=io.StringIO())
+    console.print(scores.summary_table(gather(run)))
+    assert "fake (TRACE)" in console.file.getvalue() and "unlearned" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_words_of_the_page_are_explained_at_its_foot(run: Path) -> None:
+    text = (run / "report" / "index.html").read_text("utf-8")
+    glossary = re.search(r'<section id="words">(.*?)</section>', text, re.DOTALL)
+    assert glossary is not None and 'href="#words"' in text
+    explained = re.findall(r"<dt [^>]*>(.+?)</dt><dd>(.{20,}?)</dd>", glossary[1])
+    used = {"gold", "raking", "tempering λ", "effective sample size", "forget score", "utility", "uniform", "TRACE"}
+    assert used <= {word for word, _ in explained}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"gain": -0.1}, ["points fewer on average once it has forgotten ["]),
+        ({"gain": -0.1}, ["less utility on average once it has forgotten ["]),
         ({"gain": 0.0}, ["it is not clearly different on average", "Not shown. "]),
-        ({"forgets": False}, ["TRACE did not forget enough", "unlearned and uniform never met the forgetting target"]),
+        (
+            {"forgets": False},
+            ["TRACE did not forget enough", "fake (TRACE) and uniform never met the forgetting target"],
+        ),
         ({"checkpoints": False}, ["is open, since nothing was scored on the way"]),
-        ({"gold": False}, ["forgotten is at most 27.0, 2 points above guessing."]),
+        ({"gold": False}, ["forgotten is at most 0.270, 0.02 above guessing."]),
         (
             {"without": "variants/uniform"},
-            ["points of utility; no uniform run stands beside it."],
+            ["and kept a utility of ", "; no uniform run stands beside it."],
         ),
     ],
 )
@@ -180,7 +206,7 @@ def test_the_verdict_says_what_is_not_so(tmp_path: Path, changes: dict[str, Any]
     data = gather(path)
     text = " ".join(verdict(data).lines)
     assert all(word in text for word in words), text
-    assert not ("gain" in changes or "forgets" in changes) or "points more" not in text
+    assert not ("gain" in changes or "forgets" in changes) or "more utility" not in text
     assert "checkpoints" not in changes or "matched" not in tables.all_tables(data)
 
 
@@ -217,8 +243,8 @@ def test_the_headline_of_the_configuration_is_everywhere(tmp_path: Path) -> None
     config["evaluation"]["tasks"] = [dict(zip(("name", "headline"), n.rsplit(" ", 1), strict=True)) for n in names]
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     report(RunDirectory.at(path))
-    records = json.loads((path / "report" / "scores.json").read_text())
-    assert {f"{r['task']} {r['metric']}" for r in records if r["headline"]} == set(names)
+    records = rows_of(path / "report" / "scores.csv")
+    assert {f"{r['task']} {r['metric']}" for r in records if r["headline"] == "True"} == set(names)
     data = gather(path)
     final = data.evaluations()["unlearned"]
     assert scores.mean_score(final, "utility") == final.value("near facts", "exact_match")
@@ -319,5 +345,5 @@ def test_model_card(run: Path) -> None:
     text = (run / "report" / "model_card.md").read_text("utf-8")
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "base"  # the name, not a path of this machine
-    assert "| unlearned | elements | accuracy ↓ | 0.3 | 80 | 0.25 |" in text
+    assert "| fake (TRACE) | elements | accuracy ↓ | 0.3 | 80 | 0.25 |" in text
     assert plain_markdown("a|b *c* <i>\n# d") == r"a\|b \*c\* &lt;i&gt; \# d"

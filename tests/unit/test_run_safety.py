@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -19,9 +18,9 @@ from trace_ds.checkpoints.manifest import Manifest, step_name
 from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
-from trace_ds.run import artefact, directory, ours
+from trace_ds.run import artefact, directory
 from trace_ds.run.directory import RunDirectory, locked
-from trace_ds.run.files import remove_leftovers, replacing_directory
+from trace_ds.run.files import MODEL, remove_leftovers, replacing_directory
 from trace_ds.stages.pipeline import Request, run_verb
 
 VERBS = ("prepare", "unlearn", "report", "run")
@@ -97,12 +96,8 @@ def refused(project: Path, verb: str, run: Path | str, *changes: str) -> str:
 # Below RUN: a file of the user's in a directory without a marker that a stage would replace, or in the place of one.
 FOREIGN = [
     "data/forget.jsonl",
-    "statistics/forget.partial/notes.txt",
     "model/model.safetensors",
     "report/index.html",
-    "config.yaml/notes.txt",
-    "stop/notes.txt",
-    "evaluation",
     "data",
     "variants/even/model/model.safetensors",
 ]
@@ -121,9 +116,7 @@ def test_what_is_not_ours_is_not_replaced(project: Path, place: str) -> None:
         first.unlink()
     write(run / place)
     line = refused(project, "run", run)
-    assert str(run) in line and any(
-        part in line for part in ("trace_ds did not", "not a directory", "not a file", "of trace_ds's")
-    )
+    assert str(run) in line and ("trace_ds did not" in line or "of trace_ds's" in line)
 
 
 def test_a_run_of_ours_is_taken_and_strangers_beside_ours_stay(project: Path) -> None:
@@ -158,7 +151,7 @@ def test_a_project_is_no_run_directory(project: Path, verb: str) -> None:
         assert "this directory is not a run's: it holds 'corpora', and no .trace_ds.json" in refused(project, verb, run)
 
 
-@pytest.mark.parametrize("verb", ["prepare", "fetch", "demo", "bench", "submit"])
+@pytest.mark.parametrize("verb", ["prepare", "demo", "bench", "submit"])
 def test_nothing_is_deleted_where_no_run_was(
     project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
@@ -168,7 +161,7 @@ def test_nothing_is_deleted_where_no_run_was(
         write(project / "other" / name)
     before = state(project)
     words = [verb, "mine.yaml", "--run-dir", "other"]
-    words = {"demo": [verb, *words[2:]], "bench": [verb, "bench_full", *words[2:]]}.get(verb, words)
+    words = {"demo": [verb, *words[2:]], "bench": [verb, "bench_entangled", *words[2:]]}.get(verb, words)
     monkeypatch.chdir(project)
     status, errors = command(monkeypatch, capsys, *words)
     assert (status, len(errors.splitlines())) == (2, 1) and "not a run's" in errors, errors
@@ -225,8 +218,6 @@ LEFTOVERS: list[tuple[str, str, bool]] = [  # folder of a run, name, whether a k
     ("", "notes.old-2023.md", False),
     ("", "data.tmp-draft", False),
     ("", "model.tmp-1.txt", False),
-    ("", "step_000004.tmp-9", False),
-    ("checkpoints", "data.tmp-9", False),
 ]
 
 
@@ -278,7 +269,7 @@ def test_killed_between_the_two_renames_the_old_one_comes_back(tmp_path: Path, m
         assert place.exists() == (number == 1)
         with monkeypatch.context() as patch:
             patch.setattr("trace_ds.run.files.shutil.rmtree", remove_tree)
-            remove_leftovers(tmp_path, "data")
+            remove_leftovers(tmp_path)
         assert (place / "values.npy").read_text() == "first"
     monkeypatch.undo()
     assert state(tmp_path).keys() == {"data", "data/artefact.json", "data/values.npy"}
@@ -290,7 +281,7 @@ def test_killed_between_the_two_renames_the_old_one_comes_back(tmp_path: Path, m
 def test_what_appears_while_a_stage_works_is_not_replaced(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="did not make this"),
-        replacing_directory(tmp_path / "model", ours.MODEL),
+        replacing_directory(tmp_path / "model", MODEL),
     ):
         write(tmp_path / "model" / "thesis")
     assert state(tmp_path).keys() == {"model", "model/thesis"}
@@ -304,14 +295,10 @@ NAMED: dict[str, Callable[[str], str]] = {
     "evaluation.tasks": lambda name: (
         "evaluation.tasks=" + json.dumps([{"name": name, "type": "choice", "role": "forget", "path": "q.jsonl"}])
     ),
-    "bench.methods": lambda name: "bench=" + json.dumps(bench(name, "rmu")),
-    "bench.losses": lambda name: "bench=" + json.dumps(bench("even", name)),
+    "bench.methods": lambda name: (
+        "bench=" + json.dumps({"methods": {"uniform": {}, name: {}}, "forget": "t accuracy", "utility": ["t accuracy"]})
+    ),
 }
-
-
-def bench(method: str, loss: str) -> dict[str, Any]:
-    methods = {"uniform": {}, method: {}}
-    return {"methods": methods, "losses": {loss: {}}, "forget": "t accuracy", "utility": ["t accuracy"]}
 
 
 @pytest.mark.parametrize("key", NAMED)
@@ -363,12 +350,6 @@ def test_a_run_waits_for_its_variants_and_they_for_it(tmp_path: Path, monkeypatc
         with locked(other):
             raise UserError("refused")
         raise AssertionError
-    with locked(run, replaces_inputs=True) as descriptors:  # a variant's job that this run starts
-        monkeypatch.setenv(*next(iter(directory.lock_environment(run, descriptors).items())))
-        with locked(one) as own:
-            assert len(own) == 1
-        with locked(run) as inherited:
-            assert inherited == descriptors
     assert is_free(run, replaces_inputs=True)
 
 
@@ -382,9 +363,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 LONG = "x" * 300
 COMMANDS: list[tuple[list[str], str]] = [
-    (["prepare", "mine.yaml", "--run-dir", ""], "--run-dir: the run directory has no name"),
-    (["run", "mine.yaml", "--run-dir", "-rf"], "--run-dir: '-rf' looks like an option. Fix: write ./-rf"),
-    (["run", "mine.yaml", "--run-dir", "a\udcffb"], "--run-dir: the path is not UTF-8: a"),
+    (["prepare", "mine.yaml", "--run-dir", ""], "--run-dir: '' names no run directory"),
+    (["run", "mine.yaml", "--run-dir", "-rf"], "--run-dir: '-rf' names no run directory"),
+    (["run", "mine.yaml", "--run-dir", "a\udcffb"], "names no run directory. Fix: name one"),
     (["run", "mine.yaml", "--run-dir", LONG], "--run-dir: no file can have a name over 255"),
     (["run", "mine.yaml", "--set", f"model.path={LONG}"], "model.path: no file can have a name over 255"),
     (["convert", "base", LONG], "File name too long"),

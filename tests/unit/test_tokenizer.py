@@ -3,71 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 
-from trace_ds.corpora.read import Document
 from trace_ds.corpora.tokenizer import (
     check_tokenizer,
-    encode_documents,
-    encoder,
-    library_tokenizer,
+    encode,
     load_tokenizer,
     tokenizer_fingerprint,
 )
 from trace_ds.errors import UserError
 
 
-def byte_tokenizer(folder: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    tiny.make_tokenizer(folder)
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-def unigram_tokenizer(_: Path) -> Any:
-    """As T5's: text is normalised, spaces become marks, and there is an unknown token."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
-    special = {"special_tokens": ["<s>", "</s>", "<unk>"], "unk_token": "<unk>"}
-    trainer = trainers.UnigramTrainer(vocab_size=300, show_progress=False, **special)
-    tokenizer.train_from_iterator([" ".join(tiny.WORDS)] * 9, trainer)
-    return tokenizer
-
-
-@pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("make", [byte_tokenizer, unigram_tokenizer])
-def test_the_ids_are_those_of_transformers(make: Callable[[Path], Any], special: bool, tmp_path: Path) -> None:
+def test_the_ids_are_those_of_the_text_alone(tmp_path: Path) -> None:
     """Also of a tokenizer whose file pads and truncates, and of text that looks like a special token."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    own = make(tmp_path)
-    own.enable_padding(length=64)
-    own.enable_truncation(8)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=own, bos_token="<s>", eos_token="</s>", split_special_tokens=special
-    )
-    texts = ["iron gold", "", "lead</s>tin <s> [UNK]", "\n".join(tiny.sentences(20, 0, tiny.WORDS)), "金的 1\n\n  if"]
-    encode = encoder(tokenizer)
-    assert type(library_tokenizer(tokenizer)) is Tokenizer
-    assert encode(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"] == encode(texts)
-    assert len(encode([texts[3]])[0]) > 8
-
-
-def test_documents_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trace_ds.corpora.tokenizer.BATCH_DOCUMENTS", 2)
     tiny.make_tokenizer(tmp_path)
-    encode = encoder(load_tokenizer(tmp_path))
-    texts = ["iron gold", "", "\n".join(tiny.sentences(600, 1, tiny.WORDS)), "lead", ""]
-    documents = [Document(text, "") for text in texts]
-    assert list(encode_documents(documents, lambda batch: encode([each.text for each in batch]), 3)) == encode(texts)
+    plain, tokenizer = load_tokenizer(tmp_path), load_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    texts = ["iron gold", "", "lead</s>tin <s> [UNK]", "\n".join(tiny.sentences(20, 0, tiny.WORDS)), "金的 1\n\n  if"]
+    ids = encode(tokenizer, texts)
+    assert ids == [plain.encode(text, add_special_tokens=False) for text in texts] and len(ids[3]) > 64
+    assert encode(tokenizer, []) == []
 
 
 def test_every_file_that_decides_ids_is_in_the_fingerprint(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Shape legend: L MoE layers, E experts, K = top-k.
 
-The abstract of TRACE (arXiv 2606.10338) says only that they come from "offline activation statistics"; the rules here
-are our decisions. The default, ``significance``, asks for
+The abstract of TRACE (arXiv 2606.10338) says only that they come from "offline activation statistics"; the rule here
+is our decision. It asks for
 
 1. load: p^F ≥ c · K/E (the expert matters for forget text at all), and
 2. effect beyond noise: log(p^F/p^R) significantly above log ρ, one-sided, with document-clustered errors and
@@ -35,7 +35,6 @@ ALIKE = (
     "data.retain name the same documents"
 )
 FALSE_DISCOVERY_RATE = 0.05  # Benjamini-Hochberg
-RATIO_FLOOR = 0.25  # top_ratio: retain frequencies are floored at this share of K / E
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.
 
 
 def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: DetectionConfig) -> Detection:
-    """Find the forget-critical experts by ``config.method`` among the layers that ``config`` lets take part (where it
+    """Find the forget-critical experts among the layers that ``config`` lets take part (where it
     says ``trained``, which only the stage can tell: all).
 
     Raises:
@@ -112,28 +111,20 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
     value_LE = np.where(np.isfinite(error_LE), stats.t.sf(t_LE, freedom), 1.0)
 
     warnings = [
-        f"the {name} corpus has {s.documents} document(s) with counted tokens: errors cannot be estimated, so the "
-        "significance rule selects nothing; use a top_* method or more documents"
+        f"the {name} corpus has {s.documents} document(s) with counted tokens: errors cannot be estimated, so "
+        "nothing is selected; use more documents"
         for name, s in (("forget", forget), ("retain", retain))
         if s.documents < 2
     ]
     alike = forget.tokens == retain.tokens and np.array_equal(forget.counts_LE, retain.counts_LE)
     if alike:
         warnings.append(ALIKE)
-    if config.method == "significance":
-        discovered_LE = np.zeros_like(eligible_LE)
-        adjusted = stats.false_discovery_control(value_LE[eligible_LE])
-        discovered_LE[eligible_LE] = adjusted <= FALSE_DISCOVERY_RATE
-        # The load rule comes after the control, because p-values of experts chosen by their load would not be valid
-        # ones. It only removes discoveries, but the rate is controlled for the set before: where the removed ones are
-        # true more often than the others, the false share of those that stay is larger.
-        selected_LE = discovered_LE & (p_LE >= config.min_load * forget.top_k / experts)
-    else:
-        score_LE, least = p_LE - q_LE, 0.0
-        if config.method == "top_ratio":
-            score_LE = p_LE / np.maximum(q_LE, RATIO_FLOOR * forget.top_k / experts)
-            least = 1.0  # experts that forget text uses less are never called forget-critical
-        selected_LE = _top(np.where(eligible_LE & (score_LE > least), score_LE, -np.inf), config)
+    discovered_LE = np.zeros_like(eligible_LE)
+    discovered_LE[eligible_LE] = stats.false_discovery_control(value_LE[eligible_LE]) <= FALSE_DISCOVERY_RATE
+    # The load rule comes after the control, because p-values of experts chosen by their load would not be valid
+    # ones. It only removes discoveries, but the rate is controlled for the set before: where the removed ones are
+    # true more often than the others, the false share of those that stay is larger.
+    selected_LE = discovered_LE & (p_LE >= config.min_load * forget.top_k / experts)
     return Detection(
         selected_LE,
         eligible_LE,
@@ -146,12 +137,3 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         value_LE,
         tuple(warnings),
     )
-
-
-def _top(score_LE: np.ndarray, config: DetectionConfig) -> np.ndarray:
-    """The ``top_n`` highest finite scores of each layer; ties go to the lower expert."""
-    selected_LE = np.zeros(score_LE.shape, dtype=bool)
-    for layer, scores_E in enumerate(score_LE):
-        order = np.argsort(-scores_E, kind="stable")[: config.top_n]
-        selected_LE[layer, order] = np.isfinite(scores_E[order])
-    return selected_LE

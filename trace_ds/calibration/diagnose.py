@@ -14,7 +14,7 @@ import numpy as np
 from trace_ds.calibration.detect import Detection
 from trace_ds.calibration.raking import REASONS
 from trace_ds.calibration.rules import RuleResult
-from trace_ds.calibration.weights import SlicedTokens
+from trace_ds.calibration.weights import TokenValues
 from trace_ds.config.sections.calibration import CONTROL_RULES, CalibrationConfig
 from trace_ds.corpora.dataset import TokenMap
 
@@ -51,7 +51,7 @@ def finite_or_none(x: float) -> float | None:
     return float(x) if np.isfinite(x) else None
 
 
-def document_sums(tokens: TokenMap, weight_T: SlicedTokens) -> DocumentSums:
+def document_sums(tokens: TokenMap, weight_T: TokenValues) -> DocumentSums:
     """One pass: the sums per document."""
     sums = np.zeros((2, tokens.documents))
     for start, stop in tokens.spans():
@@ -199,7 +199,6 @@ def diagnose(
         "rule": config.rule,
         "experts": config.experts,
         "weights_of": "rows" if by_rows else "tokens",
-        "detection": config.detection.method,
         "lambda": result.strength,
         "exponent": result.exponent,
         "ess_fraction": result.ess,

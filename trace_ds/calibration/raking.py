@@ -2,26 +2,28 @@
 
 Shape legend: N units (tokens), S constraints (layer, expert).
 
-Among all weights w ≥ 0 with mean 1, take the one closest to uniform in KL whose frequencies ``q_s(w) = Σ w a_s / Σ w``
-are the targets ``t(λ) = p^R + λ (p^F − p^R)``. The dual is convex, with one unknown per target:
+a_s is 1 where a unit selects the expert of constraint s, else 0; p = p^R and p^F are the frequencies of the retain and
+the forget corpus. Among all weights w ≥ 0 with mean 1, take the one closest to uniform in KL whose frequencies
+``q_s(w) = Σ w a_s / Σ w`` are the targets ``t(λ) = p^R + λ (p^F − p^R)``. The dual is convex, with one unknown per
+target:
 
-    minimise  D(θ) = log mean exp(θ·a) − θ·t(λ) + ½ e Σ_s v_s θ_s²   over |θ_s| ≤ LARGEST_THETA,     w ∝ exp(θ·a)
+    minimise  D(θ) = log mean exp(θ·a) − θ·t(λ) + ½ ρ Σ_s v_s θ_s²   over |θ_s| ≤ LARGEST_THETA,     w ∝ exp(θ·a)
 
-    gradient  q(θ) − t(λ) + e v θ,      v_s = p_s (1 − p_s)
+    gradient  q(θ) − t(λ) + ρ v θ,      v_s = p_s (1 − p_s)
 
 (Deming & Stephan 1940; Deville & Särndal 1992, "raking ratio"; Hainmueller 2012, "entropy balancing"; using it for
 TRACE is our decision). λ is the largest in [0, 1] that keeps the effective sample size, as a share (Σw)²/(NΣw²) of N,
-at or above a floor. No weights reach some targets (:data:`REASONS`): :func:`feasible_targets` replaces those known
-before solving. For the others, two limits protect the solution at any number of tokens:
+at or above a floor. Some targets cannot be reached by any weights (:data:`REASONS`). :func:`feasible_targets` replaces
+those that can be identified before solving; for the rest, two limits protect the solution at any number of tokens:
 
 * the *bounds*: an expert can change a weight by at most the factor exp(12). When targets conflict (identical experts
   with different targets, say) some experts stop at the bound and are reported as tied; λ is not lowered for them;
-* the *ridge* e = Σ variances of the frequencies (clustered by document; by token if there is only one) / Σ v, times
-  min(1, S/N)². Targets are missed by e v θ: far below the standard errors if N is far above S, comparable to them
+* the *ridge* ρ = Σ variances of the frequencies (clustered by document; by token if there is only one) / Σ v, times
+  min(1, S/N)². Targets are missed by ρ v θ: far below the standard errors if N is far above S, comparable to them
   where exact matching would fit the weights to noise.
 
 **Solver.** L-BFGS-B (scipy) in the variable θ√v, on a sample of at least 2^18 units held in memory, inside a search
-for λ along u(λ) = √log(1/ESS), which is nearly proportional to λ. On a larger corpus an exact pass measures by how
+for λ along d(λ) = √log(1/ESS), which is nearly proportional to λ. On a larger corpus an exact pass measures by how
 much frequencies and effective sample size differ from the sample's; the sample's targets and floor are shifted by
 that and solved again (Shamir, Srebro & Zhang 2014, "DANE"), until the exact pass meets the tolerance.
 
@@ -43,7 +45,8 @@ from trace_ds.calibration.units import Point, Units, evaluate
 REASONS = {  # why a target had to move
     "never": "no retain token selects it",
     "always": "every retain token selects it",
-    "rare": "its target changes its retain frequency by more than the factor calibration.clip",
+    "rare": "its target raises its retain frequency, or the share of tokens that do not select it, by more than the "
+    "factor calibration.clip",
     "tied": "its target conflicts with other experts' targets",  # seen once the dual is solved
 }
 LARGEST_THETA = 12.0
@@ -52,9 +55,9 @@ ROUGH, FINE = 1e-4, 1e-7  # tolerances of the gradient over √v: while λ is fa
 FLOOR_WINDOW = 2e-4  # relative excess of the effective sample size over the floor that the search accepts
 LEAST_RIDGE = 1e-9
 SAMPLE_UNITS, SAMPLE_UNITS_PER_CONSTRAINT = 1 << 18, 64
-MAX_PASSES = 2000  # iterations and evaluations of one L-BFGS-B minimisation
+MAX_LBFGS_ITERATIONS = 2000  # iterations and evaluations of one L-BFGS-B minimisation
 MAX_STRENGTHS = 60  # values of λ tried on the sample
-MAX_ROUNDS = 30  # exact passes over a corpus larger than the sample
+MAX_EXACT_PASSES = 30  # exact passes over a corpus larger than the sample
 
 
 def feasible_targets(
@@ -62,8 +65,8 @@ def feasible_targets(
 ) -> tuple[np.ndarray, list[str]]:
     """Return the targets without obvious conflicts, and for each the key of REASONS why it was changed, or ''.
 
-    In a layer all of whose experts are constrained, one common shift of the log-odds of the unchanged experts makes the
-    targets sum to K again (the Bernoulli-KL projection on Σ = K). Our decision.
+    In a layer all of whose experts are constrained, one common shift of the log-odds of the experts without a reason
+    makes the targets sum to K (experts per token) again: the Bernoulli-KL projection on Σ = K. Our decision.
     """
     target_S = np.asarray(forget_S, np.float64).copy()
     reason_S = [""] * len(target_S)
@@ -144,9 +147,9 @@ def balanced(scope_LE: np.ndarray, change_S: np.ndarray, variance_S: np.ndarray)
 class SampleDual:
     """The dual on a sample, solved in place of the dual over all units.
 
-    Each expert's change is scaled by the ratio of its variances in the sample and in the corpus, so that one that few
-    sampled tokens select gets a feasible target. One that no sampled token selects (or all do) is taken to be
-    independent of the others, with the variance it has in the corpus.
+    Each expert's change is scaled by the ratio of its variances in the sample and in the corpus, so that an
+    expert selected by few sampled tokens gets a feasible target. An expert selected by none or all of them is treated
+    as independent of the others, with the variance it has in the corpus.
     """
 
     def __init__(self, sample: Units, problem: Problem, threads: int, log: Callable[[str], None]) -> None:
@@ -206,36 +209,46 @@ class SampleDual:
             bounds=optimize.Bounds(-box_S, box_S),
             callback=report,
             # stop on the gradient alone: near the minimum, changes of D are below the precision of float64
-            options={"maxcor": 20, "maxiter": MAX_PASSES, "maxfun": MAX_PASSES, "ftol": 0.0, "gtol": tolerance},
+            options={
+                "maxcor": 20,
+                "maxiter": MAX_LBFGS_ITERATIONS,
+                "maxfun": MAX_LBFGS_ITERATIONS,
+                "ftol": 0.0,
+                "gtol": tolerance,
+            },
         )
         theta_S = solution.x / scale_S
         return last[0] if np.array_equal(last[0].theta_S, theta_S) else self.at(theta_S)
 
     def temper(self, floor: float, theta_S: np.ndarray, strength: float) -> tuple[Point, float]:
-        """Return the minimum at the largest λ that keeps the floor, and that λ; ``theta_S`` and ``strength`` start."""
+        """Return the minimum at the largest λ that keeps the floor, and that λ; ``theta_S``, ``strength``: initial."""
         target = _distance(floor * (1.0 + FLOOR_WINDOW / 2))
-        keeps, breaks, tolerance = 0.0, np.inf, ROUGH
+        feasible_low, infeasible_high, tolerance = 0.0, np.inf, ROUGH
         for _ in range(MAX_STRENGTHS):
             point = self.minimize(theta_S, strength, tolerance)
-            theta_S, u = point.theta_S, _distance(point.ess)
+            theta_S, distance = point.theta_S, _distance(point.ess)
             met = point.ess >= floor
             there = met and (strength == 1.0 or point.ess <= floor * (1.0 + FLOOR_WINDOW))
             if there and tolerance == FINE:
                 return point, strength
-            if tolerance == ROUGH and (there or abs(u - target) < 0.1 * target):
+            if tolerance == ROUGH and (there or abs(distance - target) < 0.1 * target):
                 tolerance = FINE
             else:
-                keeps, breaks = (max(keeps, strength), breaks) if met else (keeps, min(breaks, strength))
+                feasible_low, infeasible_high = (
+                    (max(feasible_low, strength), infeasible_high)
+                    if met
+                    else (feasible_low, min(infeasible_high, strength))
+                )
             if there:
                 continue
-            # u is nearly proportional to λ; where that would leave the bracket, halve the bracket
-            moved = min(1.0, strength * float(np.clip(target / max(u, 1e-12), 0.3, 3.0)))
-            if not keeps < moved < breaks and not (moved == 1.0 and breaks > 1.0):
-                moved = (keeps + min(breaks, 1.0)) / 2.0
+            # d is nearly proportional to λ; where that would leave the bracket, halve the bracket
+            moved = min(1.0, strength * float(np.clip(target / max(distance, 1e-12), 0.3, 3.0)))
+            if not feasible_low < moved < infeasible_high and not (moved == 1.0 and infeasible_high > 1.0):
+                moved = (feasible_low + min(infeasible_high, 1.0)) / 2.0
             if abs(moved - strength) < 1e-9:
                 break
             theta_S, strength = theta_S * (moved / strength), moved
-        return self.minimize(theta_S, keeps, FINE), keeps
+        return self.minimize(theta_S, feasible_low, FINE), feasible_low
 
     def miss_S(self, point: Point, strength: float) -> np.ndarray:
         """:meth:`Problem.miss_S` against the sample's own targets."""
@@ -244,12 +257,12 @@ class SampleDual:
 
     def correct(self, sampled: Point, exact: Point) -> None:
         """Shift the targets so that sample and corpus miss them by the same amount at this θ."""
-        lacks_S = (exact.frequency_S - self._problem.retain_S) * self._ratio_S
-        self._base_S = sampled.frequency_S - balanced(self._problem.scope_LE, lacks_S, self._variance_S)
+        achieved_S = (exact.frequency_S - self._problem.retain_S) * self._ratio_S
+        self._base_S = sampled.frequency_S - balanced(self._problem.scope_LE, achieved_S, self._variance_S)
 
 
 def _distance(ess: float) -> float:
-    """u: how far weights of this effective sample size are from uniform ones."""
+    """d: how far weights of this effective sample size are from uniform ones."""
     return float(np.sqrt(max(-np.log(min(ess, 1.0)), 0.0)))
 
 
@@ -259,8 +272,10 @@ class RakingResult:
 
     Attributes:
         theta_S, point: the solution over all units.
-        target_S: the targets t(λ) at the final λ.
-        offered_S: the closest feasible targets at λ = 1; reason_S: why one is not the forget frequency, or ''.
+        target_S, offered_S: the feasible targets at the final λ and at λ = 1; of experts at the bound, the frequency
+            that was reached.
+        reason_S: key of :data:`REASONS` for a target that was replaced, or '' (such a target may still have been
+            shifted so that a layer sums to K).
         strength: λ.
         passes: number of passes over all units.
         error: largest absolute gradient off the bounds.
@@ -293,7 +308,8 @@ def rake(
     Args:
         forget_S, retain_S: target frequencies, and those of the corpus at equal weights. ``units`` held in memory may
             be a sample of that corpus; nothing else is then read.
-        clip: largest ratio between an expert's target and its retain frequency.
+        clip: largest ratio between an expert's target and its retain frequency, and between the shares of tokens that
+            do not select it.
         ess_floor: least effective sample size, as a share of the units.
         error_S: standard errors of the frequencies, clustered by document (None: 0; where not finite: by token).
         log: receives lines of progress.
@@ -336,11 +352,14 @@ def _solve(
     if sample.number == units.number:
         point, strength = dual.temper(floor, theta_S, strength)
         return point, strength, dual.miss_S(point, strength), 1
-    for passes in range(1, MAX_ROUNDS + 1):
+    for passes in range(1, MAX_EXACT_PASSES + 1):
         sampled, strength = dual.temper(sample_floor, theta_S, strength)
         exact = evaluate(units, sampled.theta_S, threads)
         miss_S = problem.miss_S(exact, strength)
-        log(f"pass {passes} over all {units.number:,} tokens: lambda {strength:.4f}, largest miss {miss_S.max():.1e}")
+        log(
+            f"pass {passes} over all {units.number:,} tokens: target strength (lambda) {strength:.4f}, "
+            f"largest residual {miss_S.max():.1e}"
+        )
         full = strength == 1.0 or exact.ess <= floor * (1.0 + 2.0 * FLOOR_WINDOW)
         if exact.ess >= floor and full and (miss_S <= allowed_S).all():
             break

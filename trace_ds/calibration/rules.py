@@ -41,6 +41,7 @@ from trace_ds.calibration.units import Units
 from trace_ds.calibration.weights import exponentiate, flattening, row_means, sharpening, size_and_maximum
 from trace_ds.config.sections.calibration import CalibrationConfig
 from trace_ds.corpora.dataset import TokenMap
+from trace_ds.errors import listed
 from trace_ds.run.files import new_array
 
 # Columns [G, T] of some tokens → their log-weights, float64 [T].
@@ -161,8 +162,7 @@ def source_log_weights(weights: Mapping[str, float], names: Sequence[str], sourc
     for pattern, weight in sorted(weights.items()):
         matches_S = np.array([fnmatch.fnmatchcase(name, pattern) for name in names], dtype=bool)
         if not matches_S.any():
-            shown = ", ".join(sorted(names)[:8])
-            raise ValueError(f"no retain document has a source like {pattern!r}; there are {len(names)}: {shown}")
+            raise ValueError(f"no retain document has a source like {pattern!r}; there are {listed(sorted(names))}")
         log_S[matches_S] += np.log(weight)
     return log_S[source_D]
 

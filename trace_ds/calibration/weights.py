@@ -12,8 +12,8 @@ import numpy as np
 from trace_ds.corpora.dataset import TokenMap
 
 
-class SlicedTokens(Protocol):
-    """Values of all tokens, read in slices: an array, or what is made of those of rows or documents."""
+class TokenValues(Protocol):
+    """Values per token that support slicing: an array, or an object that expands those of rows or documents."""
 
     def __getitem__(self, span: slice, /) -> np.ndarray: ...
 
@@ -38,7 +38,10 @@ def _top(u_T: np.ndarray, tokens: TokenMap) -> float:
 
 
 def flattening(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
-    """The largest c in [0, 1] at which weights exp(c u) keep the effective sample size (bisection to 1e-4)."""
+    """The largest c in [0, 1] at which the weights exp(c u) keep an effective sample size of ``ess_floor``.
+
+    As a share of the counted tokens; by bisection to 1e-4.
+    """
     top = _top(u_T, tokens)
 
     def enough(exponent: float) -> bool:
@@ -55,7 +58,10 @@ def flattening(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
 
 
 def sharpening(u_R: np.ndarray, ess_floor: float) -> float:
-    """The largest c (to 1e-6 of it, at most 1,024) at which weights exp(c u) of rows keep the effective sample size."""
+    """The largest c at which the weights exp(c u) of rows keep an effective sample size of ``ess_floor``.
+
+    As a share of the rows; to 1e-6 of c, which is at most 1,024.
+    """
 
     def ess(exponent: float) -> float:
         w = np.exp(exponent * (u_R - u_R.max()))
@@ -83,7 +89,7 @@ def exponentiate(u_T: np.ndarray, weight_T: np.ndarray, tokens: TokenMap, expone
     return exponent * top + float(np.log(total / count))
 
 
-def row_means(value_T: SlicedTokens, tokens: TokenMap) -> np.ndarray:
+def row_means(value_T: TokenValues, tokens: TokenMap) -> np.ndarray:
     """Mean over the counted tokens of every row, float64 [R]; 0 for a row without any."""
     sums_R, counts_R = np.zeros(tokens.rows), np.zeros(tokens.rows, np.int64)
     for start, stop in tokens.spans():
@@ -98,7 +104,7 @@ def row_means(value_T: SlicedTokens, tokens: TokenMap) -> np.ndarray:
     return np.where(counts_R > 0, sums_R / np.maximum(counts_R, 1), 0.0)
 
 
-def size_and_maximum(weight_T: SlicedTokens, tokens: TokenMap) -> tuple[float, float]:
+def size_and_maximum(weight_T: TokenValues, tokens: TokenMap) -> tuple[float, float]:
     """(effective sample size as a fraction, largest weight) of the counted tokens."""
     total = square = largest = 0.0
     count = 0

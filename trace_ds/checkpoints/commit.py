@@ -27,8 +27,7 @@ from trace_ds.checkpoints.manifest import (
     wrong_latest,
 )
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.run.files import fsync_directory
-from trace_ds.run.ours import MANIFEST, require_directory
+from trace_ds.run.files import MANIFEST, fsync_directory, require_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -46,6 +45,8 @@ def save(engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, ke
     Raises:
         OSError: this rank could not write (AgreedError: another one could not); no checkpoint is there then.
     """
+    from trace_ds.checkpoints.serialization import frozen_experts_left_out
+
     began_s = time.monotonic()
     temporary = Path(world.broadcast(str(checkpoints / f"{step_name(manifest.step)}.tmp-{os.getpid()}")))
 
@@ -58,9 +59,14 @@ def save(engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, ke
     files = engine.checkpoint_engine.files
     files.begin()
     engine._copy_recovery_script = lambda folder: None  # no zero_to_fp32.py in each checkpoint
-    engine.save_checkpoint(
-        str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
-    )
+    with frozen_experts_left_out(engine):
+        engine.save_checkpoint(
+            str(checkpoints),
+            tag=temporary.name,
+            client_state={"trace_ds_step": manifest.step},
+            save_latest=False,
+            exclude_frozen_parameters=True,  # they are the base model's, which every job starts from
+        )
     root = os.path.abspath(temporary)
     written = {os.path.relpath(path, root): entry for path, entry in world.run_on_all_ranks(files.finish).items()}
     parts = world.gather(written)
@@ -241,6 +247,8 @@ def _failure(load: Callable[[Manifest], None], manifest: Manifest) -> str:
 
 def load_state(engine: Any, folder: Path, tag: str, step: int) -> None:
     """Load what a tag holds into the engine; DeepSpeed's silent (None, None) is an error."""
-    path, state = engine.load_checkpoint(str(folder), tag=tag)
+    frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
+    # a checkpoint is without frozen parameters: the engine has the base model's
+    path, state = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not frozen)
     if path is None or state is None or state.get("trace_ds_step") != step:
         raise RuntimeError(f"DeepSpeed did not load {folder / tag}")

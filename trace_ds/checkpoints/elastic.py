@@ -28,26 +28,15 @@ from trace_ds.tensors.opening import open_source
 from trace_ds.tensors.torch_archive import LazyTensor, exchanged, read_archive, reading_archive, scalar
 
 
-def check_shape(manifest: Manifest, zero_stage: int, layers: int | None, checkpoints: Path, section: str) -> None:
-    """Refuse a checkpoint that no conversion fits to the job.
-
-    One of the other kind of ZeRO: stage 3 cuts parameters, stages 1 and 2 do not, and DeepSpeed reads universal folders
-    within one kind only. And one of the first layers where the job needs the whole model (``layers`` None).
-    """
-    where = str(checkpoints / step_name(manifest.step))
+def check_stage(manifest: Manifest, zero_stage: int, checkpoints: Path, section: str) -> None:
+    """Refuse a checkpoint of the other kind of ZeRO: stage 3 partitions parameters, stages 1 and 2 do not, and
+    DeepSpeed reads universal folders within one kind only."""
     if (manifest.zero_stage == 3) != (zero_stage == 3):
         raise UserError(
             f"the checkpoint was written with ZeRO stage {manifest.zero_stage}, and this job has {zero_stage}: "
             "a job can change its ranks and its expert-parallel size, but not between stage 3 and stages 1 and 2",
-            where,
+            str(checkpoints / step_name(manifest.step)),
             f"set {section}.zero_stage to {manifest.zero_stage}, or start over with --set {section}.resume=never",
-        )
-    if manifest.layers is not None and layers is None:
-        raise UserError(
-            f"the checkpoint holds the first {manifest.layers} decoder layers, which is where the losses end, and the "
-            f"whole model is needed for {section}.evaluate",
-            where,
-            f"go on without {section}.evaluate.every, or start over with --set {section}.resume=never",
         )
 
 

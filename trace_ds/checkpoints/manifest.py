@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.run.files import require_files, write_json, write_text
+from trace_ds.run.files import MANIFEST, require_files, write_json, write_text
 from trace_ds.run.foreign import file_entries, pointed, read_object, text_values, typed
-from trace_ds.run.ours import MANIFEST
 
 LATEST = "latest"
 _FORMAT = 1
@@ -37,8 +36,6 @@ class Manifest:
         trainer_state: ``{"step", "seed", ...}``: with the seed, the position in the data; and job constants.
         versions: of trace_ds, deepspeed, torch, transformers.
         files: name -> {bytes, sha256}.
-        layers: decoder layers that it holds, from the first on, without norm and LM head: the rest is as in the model
-            that the job started from. None: it holds all.
     """
 
     step: int
@@ -53,7 +50,6 @@ class Manifest:
     trainer_state: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    layers: int | None = None
 
     def write(self, directory: Path) -> None:
         write_json(directory / MANIFEST, {"format": _FORMAT, **asdict(self)})
@@ -75,7 +71,6 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(problem, str(path), fix)
     try:
         kinds = {**dict.fromkeys(("step", "world", "ep", "zero_stage"), int), **dict.fromkeys(_TEXTS, str)}
-        kinds |= {"layers": int} if raw.get("layers") is not None else {}  # older manifests are without
         typed(raw, {**kinds, **dict.fromkeys(("model", "trainer_state", "versions", "files"), dict)})
         text_values(raw, "model")
         text_values(raw, "versions")

@@ -9,11 +9,13 @@ checkpoints can be compared by hash.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,6 +68,37 @@ def install(engine: Any) -> None:
     """Make a DeepSpeed engine save and load its checkpoint files through this module."""
     engine.checkpoint_engine.files = files = ShardFiles(engine)
     engine.checkpoint_engine.load, engine.checkpoint_engine.save = files.load, files.save
+
+
+@contextlib.contextmanager
+def frozen_experts_left_out(engine: Any) -> Iterator[None]:
+    """Let DeepSpeed save an engine whose experts are partly frozen, under ZeRO-3 and AutoEP, without the frozen ones.
+
+    DeepSpeed 0.19.8 refuses: its shards could not restore them. Here they are the base model's, like every frozen
+    parameter. So they pass for trained ones (what is written of experts comes from the optimizer alone), and the check
+    that the optimizer has every expert gets the names of the trained ones.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    experts = engine.module.named_parameters() if engine.has_moe_layers else ()
+    frozen = {name: parameter for name, parameter in experts if ".experts." in name and not parameter.requires_grad}
+    names_of = DeepSpeedEngine._autoep_expert_parameter_names
+
+    def trained_names(autoep_layers: Any, model: torch.nn.Module) -> set[str]:
+        return set(names_of(autoep_layers, model)) - frozen.keys()
+
+    if not frozen:
+        yield
+        return
+    DeepSpeedEngine._autoep_expert_parameter_names = staticmethod(trained_names)
+    for parameter in frozen.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._autoep_expert_parameter_names = staticmethod(names_of)
+        for parameter in frozen.values():
+            parameter.requires_grad_(False)
 
 
 class _Hashing:

@@ -1,7 +1,7 @@
-"""The parameters of a Mixture-of-Experts model by layer and kind, counted in the model that transformers builds.
+"""The parameters of a Mixture-of-Experts model by layer, counted in the model that transformers builds.
 
     architecture = read_architecture(read_model_config("/models/Mixtral-8x7B-v0.1"))
-    count_parameters(architecture).total          # 46702792704
+    architecture.parameters.total              # 46702792704
 
 The model is built on the meta device from its ``config.json`` alone: no weights, no memory. Buffers are not parameters,
 and DeepSeek-V3's multi-token-prediction module is not part of the model that is trained.
@@ -22,30 +22,15 @@ from trace_ds.models.families import EXPERTS_KEYS, FAMILIES, TOP_K_KEYS
 MULTI_LATENT = ("deepseek_v2", "deepseek_v3")
 MAX_LAYERS = 10_000
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_KINDS = {  # part of a parameter's name -> its kind; the first that fits counts
-    "embed_tokens": "embedding",
-    "lm_head": "head",
-    "norm": "norms",
-    "_attn": "attention",
-    "shared_expert": "shared_experts",
-    "mlp.experts.": "experts",
-    "mlp.gate.": "router",
-    "mlp.": "dense_mlp",
-}
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters by kind (elements)."""
+    """Parameters (elements): of the embedding, of routed experts, of everything else."""
 
     embedding: int = 0
-    attention: int = 0
-    router: int = 0
     experts: int = 0
-    shared_experts: int = 0
-    dense_mlp: int = 0
-    norms: int = 0
-    head: int = 0
+    other: int = 0
 
     def __add__(self, other: Parameters) -> Parameters:
         return Parameters(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -117,6 +102,7 @@ class Architecture:
 
     @functools.cached_property
     def parameters(self) -> Parameters:
+        """All of the model (a tied head counts once, as the embedding)."""
         return sum(self.blocks, self.outside)
 
     @property
@@ -133,19 +119,7 @@ class Architecture:
 
 @functools.lru_cache(maxsize=64)
 def _first(a: Architecture, layers: int) -> Architecture:
-    return replace(a, blocks=a.blocks[:layers], outside=replace(a.outside, norms=0, head=0))
-
-
-def count_parameters(a: Architecture) -> Parameters:
-    """All parameters of the model by kind (a tied head counts once, as the embedding)."""
-    return a.parameters
-
-
-def active_parameters(a: Architecture) -> Parameters:
-    """The parameters that take part in one token's forward pass: ``top_k`` of the experts, everything else whole (the
-    embedding too, as in the published "active" figures, although a token reads one row of it)."""
-    every = count_parameters(a)
-    return replace(every, experts=every.experts * a.top_k // a.experts)
+    return replace(a, blocks=a.blocks[:layers], outside=Parameters(a.outside.embedding))
 
 
 def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -186,7 +160,8 @@ def _built(family: str, config: str) -> Architecture:
     blocks = [Parameters()] * described.num_hidden_layers
     outside, shapes = Parameters(), {}
     for name, parameter in model.named_parameters():
-        counted = Parameters(**{next(kind for part, kind in _KINDS.items() if part in name): parameter.numel()})
+        kind = "embedding" if "embed_tokens" in name else "experts" if "mlp.experts." in name else "other"
+        counted = Parameters(**{kind: parameter.numel()})
         if layer := LAYER.fullmatch(name):
             blocks[int(layer[1])] += counted
             shapes[layer[2].removesuffix(".weight")] = tuple(parameter.shape)  # layers of one kind are alike

@@ -264,15 +264,13 @@ def lock_problem(path: Path) -> str:
         return f"flock fails ({error.strerror or error})"
 
 
-def hub_checks(written: Config, run_dir: Path | None) -> Iterator[Check]:
-    """Check that all the configuration (as ``written``) names on the hub is cached, models at the commit fetched for
-    this run."""
-    from trace_ds.run.directory import RunDirectory
-    from trace_ds.stages.fetch import cached_resources
+def hub_checks(written: Config) -> Iterator[Check]:
+    """Check that the models and data sets that the configuration (as ``written``) names on the hub are cached."""
+    from trace_ds.stages.fetch import cached_names
 
-    for item in cached_resources(written, None if run_dir is None else RunDirectory.at(run_dir)):
-        detail = f"{item.name} " + (f"in {item.place}" if item.place else "is not in the cache")
-        yield judged("hub", item.key, item.place is not None, detail, "trace-ds fetch CONFIG")
+    for key, name, place in cached_names(written):
+        detail = f"{name} " + (f"in {place}" if place else "is not in the cache")
+        yield judged("hub", key, place is not None, detail, "trace-ds fetch CONFIG")
 
 
 def corpus_checks(config: Config) -> Iterator[Check]:

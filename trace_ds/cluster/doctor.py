@@ -127,7 +127,7 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: JoinedRanks
     if run_dir is not None:
         results += guarded("storage", "run directory", lambda: checks.storage_checks(run_dir, stored))
     if config is not None and written is not None:
-        inputs = guarded("hub", "cache", lambda: checks.hub_checks(written, run_dir))
+        inputs = guarded("hub", "cache", lambda: checks.hub_checks(written))
         inputs += guarded("corpora", "corpora", lambda: checks.corpus_checks(config))
         results += inputs
         missing = [check for check in inputs if check.status == "MISS" and "evaluation.tasks" not in check.name]

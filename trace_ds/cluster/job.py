@@ -1,8 +1,7 @@
 """What the cost model needs to know of a run: the cluster, and the configuration resolved for one model on it.
 
-Units: GB = 1e9 bytes, bandwidths in GB/s per GPU and direction, as rated. A cluster's defaults are nodes of eight H100
-SXM GPUs (NVIDIA's data sheet: 80 GB, 989 TFLOP/s dense bf16, NVLink 450 GB/s each way) with one 400 Gb/s network port
-per GPU (50 GB/s); those of storage and host memory are placeholders.
+A cluster's defaults are nodes of eight H100 SXM GPUs (NVIDIA's data sheet: 80 GB, 989 TFLOP/s dense bf16); that of host
+memory is a placeholder. GB = 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -34,13 +33,12 @@ def ceil_div(total: int, parts: int) -> int:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """The nodes of a cluster, their GPUs and links; see the module's docstring for units and defaults.
+    """The nodes of a cluster and their GPUs; see the module's docstring for the defaults.
 
     Attributes:
         gpu_memory_gb: memory of one GPU; ``reserved_gb`` of it is taken by the CUDA context, NCCL and
             fragmentation.
         tflops: dense bf16 peak of one GPU.
-        storage_gb_s: of the shared file system, over all nodes together.
         host_memory_gb: of one node.
     """
 
@@ -48,9 +46,6 @@ class ClusterSpec:
     gpus_per_node: int = 8
     gpu_memory_gb: float = 80.0
     tflops: float = 989.0
-    intra_gb_s: float = 450.0
-    inter_gb_s: float = 50.0
-    storage_gb_s: float = 10.0
     host_memory_gb: float = 1000.0
     reserved_gb: float = 5.0
 

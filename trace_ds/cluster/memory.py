@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, LinearAttention, count_parameters
+from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, LinearAttention
 from trace_ds.cluster.job import Passes, PlannedJob, ZeroSettings
 
 MASTER_BYTES = 12  # fp32 copy and two Adam moments
-STEP_BYTES = 4  # fp32 gradient of the sub-group being stepped; fused AdamW has no temporary
+STEP_BYTES = 4  # fp32 gradient of the sub-group being stepped, made of its flattened 16-bit one; AdamW has no temporary
 LOGIT_BYTES = 10  # beside the logits: log-softmax in fp32 (4), its gradient (4), the logits' gradient (b, 2 in bf16)
 FROZEN_LOGIT_BYTES = 12  # beside the frozen model's logits: log-softmax, its exponential and the difference in fp32
 _LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py and trace_ds/models/token_nll.py
@@ -64,7 +64,7 @@ PHASES = tuple(entry.name for entry in fields(Memory))
 
 def rank_parameters(a: Architecture, ep: int) -> float:
     """Elements of parameters on a rank that shards nothing but experts."""
-    every = count_parameters(a)
+    every = a.parameters
     return every.non_expert + every.experts / ep
 
 
@@ -108,7 +108,7 @@ def saved_bytes_per_token(a: Architecture, layer: int, b: int, ep: int = 1) -> f
         attention += 3 * b * a.query_width + 8 * (a.query_width + a.key_width)
     if not a.is_moe(layer):
         return norms + attention + 4 * b * a.dense_width
-    routed = a.top_k * b * (2 * a.hidden + 4 * a.expert_width)
+    routed = a.top_k * b * (2 * a.hidden + 4 * a.expert_width) * busiest(ep)
     exchanged = a.top_k * b * 2 * a.hidden if ep > 1 else 0  # tokens before and after the two exchanges
     shared = b * (4 * a.shared_width + (a.hidden if a.shared_gate else 0))
     return norms + attention + routed + exchanged + shared + 8 * a.experts
@@ -127,7 +127,8 @@ def collect_memory(job: PlannedJob, rows: int) -> Memory:
     logit_tokens = _chunk(a, tokens) if job.config.statistics.nll else 0  # whose logits exist at a time
     moving = max(a.hidden, a.dense_width)
     compute = {
-        "activations": tokens * ((4 + 4 * b) * moving + a.top_k * b * (2 * a.hidden + 3 * a.expert_width)),
+        "activations": tokens * (4 + 4 * b) * moving,
+        "expert activations": tokens * a.top_k * b * (2 * a.hidden + 3 * a.expert_width) * busiest(ep),
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
         "logits": logit_tokens * a.vocabulary * (b + 8),
     }
@@ -141,7 +142,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     """
     a, b, ep, zero, world, passes = job.kept, job.b, job.ep, job.zero, job.spec.world, job.passes()
     recompute = job.settings.recompute if recompute is None else recompute
-    every = count_parameters(a)
+    every = a.parameters
     whole, shard, tokens = rank_parameters(a, ep), every.total / world, rows * job.context
     stage = zero.stage
     copy = frozen_parameters(job.a, passes, ep=ep, world=world, stage=stage) * b
@@ -172,7 +173,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
         "frozen logits": _chunk(a, side) * a.vocabulary * (b + FROZEN_LOGIT_BYTES) if passes.frozen_head else 0,
     }
     stepped = min(shard, zero.sub_group_size) if stage == 3 else shard
-    step = {"optimizer step": 0 if zero.offload_optimizer else stepped * STEP_BYTES}
+    step = {"optimizer step": 0 if zero.offload_optimizer else stepped * (STEP_BYTES + (b if b < 4 else 0))}
     start = {"frozen copy": 0 if passes.frozen_stays else copy}
     return Memory(*(_without_zeros(phase) for phase in (resident, compute, layer, head, step, start)))
 
@@ -183,7 +184,7 @@ def frozen_parameters(a: Architecture, passes: Passes, *, ep: int, world: int, s
     if not passes.frozen_layers:
         return 0.0
     copied = a if passes.frozen_head else a.loaded(passes.frozen_layers)
-    return count_parameters(copied).total / world if stage == 3 else rank_parameters(copied, ep)
+    return copied.parameters.total / world if stage == 3 else rank_parameters(copied, ep)
 
 
 def host_bytes(job: PlannedJob) -> float:
@@ -192,7 +193,7 @@ def host_bytes(job: PlannedJob) -> float:
     Every process reads its share: with X/P of the experts for `collect` (the larger one; ZeRO-3 reads less), and
     :data:`LOADING_FACTOR` of that while AutoEP cuts out the experts of a layer.
     """
-    zero, shard = job.zero, count_parameters(job.kept).total / job.spec.world
+    zero, shard = job.zero, job.kept.parameters.total / job.spec.world
     offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (job.b if zero.offload_param else 0)
     share = rank_parameters(job.a, job.ep)
     return job.spec.gpus_per_node * (share * job.b * LOADING_FACTOR + shard * offloaded)
@@ -212,9 +213,14 @@ def _chunk(a: Architecture, tokens: int) -> int:
     return min(tokens, max(_LOGITS_PER_CHUNK // a.vocabulary, 1))
 
 
+def busiest(ep: int) -> float:
+    """The busiest rank's routed tokens over the mean of all ranks that share the experts."""
+    return IMBALANCE if ep > 1 else 1.0
+
+
 def _exchange_bytes(a: Architecture, tokens: int, ep: int, b: int) -> float:
     """Send, receive and combine buffers of one MoE layer's all-to-all on the busiest rank."""
-    return 3 * tokens * a.top_k * a.hidden * b * IMBALANCE if ep > 1 and a.moe_layers else 0
+    return 3 * tokens * a.top_k * a.hidden * b * busiest(ep) if ep > 1 and a.moe_layers else 0
 
 
 def _without_zeros(parts: dict[str, float]) -> dict[str, float]:

@@ -4,25 +4,20 @@
 
 Everything follows from the model's ``config.json``, the run's configuration and the cluster's numbers:
 parameters by kind (:mod:`trace_ds.cluster.architecture`), memory by part (:mod:`~trace_ds.cluster.memory`), and here
-bytes moved, files, and a lower bound of time: the rated peak of every resource, all of them at work at the same time.
-``docs/plan.md`` has the cost model and what of it was measured.
+files, a lower bound of time (the model's FLOPs at the rated peak), and the shapes that fit. ``docs/plan.md`` has the
+cost model and what of it was measured.
 """
 
 from __future__ import annotations
 
+import json as json_module
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trace_ds.cluster import memory
-from trace_ds.cluster.architecture import (
-    Architecture,
-    Parameters,
-    active_parameters,
-    count_parameters,
-    read_architecture,
-)
+from trace_ds.cluster.architecture import Architecture, read_architecture
 from trace_ds.cluster.job import GB, ClusterSpec, PlannedJob, ceil_div, corpus_tokens
 from trace_ds.config.compose import fragment_of, published_config, published_config_path
 from trace_ds.config.load import variants_of
@@ -30,41 +25,23 @@ from trace_ds.config.schema import Config
 from trace_ds.config.sections.training import FinetuneSettings
 from trace_ds.errors import UserError
 from trace_ds.hub.models import is_whole
-from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
 from trace_ds.stages.inputs import with_expert_parallel_sizes
 from trace_ds.stages.pipeline import Request
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config, read_model_directory
-from trace_ds.terminal import duration
+from trace_ds.terminal import duration, narrow_table, size, wide_console
 
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
 MANY_FILES = 5000  # of a checkpoint; parallel file systems take seconds to minutes to create more
 
-ASSUMPTIONS = (
-    "every parameter that is loaded has a gradient and moments, also what unlearning.trainable freezes",
-    "RMU runs, loads, copies and saves the layers up to its own (unlearning.evaluate needs the whole model)",
-    "routed tokens are spread evenly for time, 1.5 times the mean on the busiest GPU for memory",
-    "times are lower bounds from rated FLOPs and bandwidth, all at work at once; real steps take several times as long",
-)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """One kind of collective in one step: GPUs that take part, bytes that one of them receives, and seconds at rated
-    speed on the links inside and between nodes."""
-
-    name: str
-    group: int
-    received_bytes: float
-    intra_s: float
-    inter_s: float
+MAX_NODES = 128  # no search for a larger cluster than this
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One distributed stage: memory of a GPU, the largest micro-batch that fits, bytes moved and the least seconds of
-    one step (``collect``: one batch) by resource.
+    """One distributed stage: memory of a GPU, the largest micro-batch that fits, and the least seconds of one step
+    (``collect``: one batch).
 
     ``steps`` is None when the length of the stage is not known.
     """
@@ -73,19 +50,8 @@ class StagePlan:
     memory: memory.Memory
     fits: bool
     largest_rows: int
-    traffic: list[Traffic]
-    resources_s: dict[str, float]
+    step_s: float
     steps: int | None
-
-    @property
-    def step_s(self) -> float:
-        """Lower bound of one step; everything else hides behind the slowest resource at best."""
-        return max(self.resources_s.values())
-
-    @property
-    def bound(self) -> str:
-        """The resource that dominates."""
-        return max(self.resources_s, key=self.resources_s.__getitem__)
 
     @property
     def at_least_s(self) -> float | None:
@@ -94,17 +60,16 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One combination of expert-parallel size and ZeRO stage for ``unlearn``, at the configured micro-batch."""
+class Shape:
+    """Nodes of a cluster, and the values of keys with which every stage fits on them."""
 
-    ep: int
-    zero_stage: int
-    fits: bool
-    peak_bytes: float
-    largest_rows: int
-    received_bytes: float
-    checkpoint_files: int
-    collect_fits: bool
+    nodes: int
+    changes: dict[str, int | bool]
+
+    @property
+    def options(self) -> str:
+        """The changes as options of the command line; empty: as configured."""
+        return " ".join(f"--set {key}={str(value).lower()}" for key, value in self.changes.items())
 
 
 @dataclass(frozen=True)
@@ -112,25 +77,23 @@ class RunPlan:
     """What a run needs on a cluster, as `trace-ds plan` shows it.
     Attributes:
         stages: ``collect``, ``unlearn``, and by name the fine-tunings that come first and the ``unlearn`` of variants.
-        recomputed_peak_bytes: the peak of ``unlearn`` if activations were recomputed.
         storage_bytes: of all jobs. evaluation_peak_bytes: what a scored model takes of a GPU.
-        choices: what fits by the bytes that a GPU receives in a step, then by files; the rest by memory.
+        parameters: elements. best: what fits on this cluster with the fewest changes. smallest: on the fewest nodes.
     """
 
     family: str
-    parameters: Parameters
-    active: Parameters
+    parameters: int
     cluster: ClusterSpec
     ep: int
     zero_stage: int
     stages: dict[str, StagePlan]
-    recomputed_peak_bytes: float
     checkpoint_bytes: float
     checkpoint_files: int
     storage_bytes: float
     host_bytes: float
     evaluation_peak_bytes: float
-    choices: list[Choice]
+    best: Shape | None
+    smallest: Shape | None
     warnings: list[str]
 
     @property
@@ -202,6 +165,7 @@ def plan_model(
     job, *others = unlearning = [PlannedJob.of(a, cluster, each) for each in (config, *variants)]
     for each in unlearning:
         _check(each)
+    training = list(unlearning)
     stages = {"collect": _collect(job), "unlearn": _training(job)}
     saving = [(each, each.kept, len(each.settings.kept_steps(each.steps() or 1))) for each in unlearning]
     if (finetune := config.finetune) is not None:
@@ -209,36 +173,29 @@ def plan_model(
             making = PlannedJob.of(a, cluster, config, FinetuneSettings.of(finetune, config.unlearning))
             stages[f"finetune of {name}"] = _training(making, corpora)
             saving.append((making, a, making.settings.keep))
+            training.append(making)
     stages |= {f"unlearn of {name}": _training(each) for name, each in zip(config.variants, others, strict=True)}
-    every = count_parameters(a)
-    sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
-    choices = [_choice(replace(job, ep=ep, zero=replace(job.zero, stage=stage))) for ep in sizes for stage in (1, 2, 3)]
-    choices.sort(
-        key=lambda choice: (
-            not choice.fits,
-            *((choice.received_bytes, choice.checkpoint_files) if choice.fits else (choice.peak_bytes, 0)),
-        )
-    )
+    every = a.parameters.total
+    best = best_shape(training, cluster.nodes)
+    fewer = (1 << power for power in range(MAX_NODES.bit_length()))
+    smallest = next(filter(None, (best_shape(training, nodes) for nodes in fewer)), best)
     result = RunPlan(
         family=a.family,
         parameters=every,
-        active=active_parameters(a),
         cluster=cluster,
         ep=job.ep,
         zero_stage=job.zero.stage,
         stages=stages,
-        recomputed_peak_bytes=memory.unlearn_memory(job, stages["unlearn"].rows, recompute=True).peak_bytes,
         checkpoint_bytes=checkpoint_bytes(job, job.kept),
         checkpoint_files=checkpoint_files(job, job.kept),
-        storage_bytes=sum(
-            (keep + 1) * checkpoint_bytes(each, saved) + every.total * each.b for each, saved, keep in saving
-        ),
+        storage_bytes=sum((keep + 1) * checkpoint_bytes(each, saved) + every * each.b for each, saved, keep in saving),
         host_bytes=memory.host_bytes(job),
         evaluation_peak_bytes=evaluation_peak_bytes(job, config.evaluation.ep, config.evaluation.zero_stage),
-        choices=choices,
+        best=best,
+        smallest=smallest,
         warnings=[],
     )
-    result.warnings.extend(_warnings(job, result, sizes))
+    result.warnings.extend(_warnings(job, result))
     return result
 
 
@@ -249,7 +206,7 @@ def _check(job: PlannedJob) -> None:
     check_expert_parallel(info, job.config.evaluation.ep, cluster.world, "evaluation.ep")
 
 
-# Bytes moved, and time
+# Stages
 
 
 def forward_flops_per_token(a: Architecture, context: int, *, layers: int | None = None, head: bool = True) -> float:
@@ -263,107 +220,21 @@ def forward_flops_per_token(a: Architecture, context: int, *, layers: int | None
     return total + (2 * a.hidden * a.vocabulary if head else 0)
 
 
-def collective(
-    spec: ClusterSpec, name: str, group: int, local: int, size_bytes: float, times: float, *, exchange: bool = False
-) -> Traffic:
-    """``times`` collectives among ``group`` GPUs, ``local`` of them on each node.
-
-    Rings (all-gather or reduce-scatter, of ``size_bytes`` gathered), where what a node needs comes in once, through the
-    ports of all its GPUs; or, with ``exchange``, all-to-all, in which each GPU holds ``size_bytes``.
-    """
-    between = size_bytes * (1 - local / group) / (1 if exchange else local)
-    within = size_bytes * ((local - 1 if exchange else (group - 1) * (local > 1)) / group)
-    intra_s, inter_s = within / (spec.intra_gb_s * GB), between / (spec.inter_gb_s * GB)
-    return Traffic(name, group, times * size_bytes * (group - 1) / group, times * intra_s, times * inter_s)
-
-
-def _all_to_all(job: PlannedJob, tokens: float, times: float) -> Traffic:
-    """Tokens to their experts or back, so many times: among ``ep`` consecutive ranks."""
-    size_bytes, local = tokens * job.a.top_k * job.a.hidden * job.b, min(job.ep, job.spec.gpus_per_node)
-    return collective(job.spec, "all-to-all of tokens", job.ep, local, size_bytes, times, exchange=True)
-
-
-def training_traffic(job: PlannedJob) -> list[Traffic]:
-    """One step of a training job on every GPU.
-
-    ZeRO-3 gathers every layer of the pass for the forward and again for the backward pass, and once more for the
-    recomputation when a layer is too large to be kept until its backward pass; gradients are reduce-scattered in
-    every pass. ZeRO-1 and -2 all-reduce gradients (a reduce-scatter and an all-gather; DeepSpeed's default at stage 2
-    too), stage 2 in every pass, and all-gather the updated parameters once per step.
-    """
-    a, spec, ep, zero, run = job.kept, job.spec, job.ep, job.zero, job.passes()
-    passes, rows = job.micro_batches()
-    wider = 4 / job.b if spec.world > RANKS_SUMMED_IN_BF16 else 1
-    again = job.settings.recompute and memory.largest_layer(a, ep) > memory.reuse_distance(a, zero)
-    frozen = a.first(run.frozen_layers) if run.frozen_stays else None
-    traffic: list[Traffic] = []
-
-    def rings(kind: str, group: int, local: int, size_of: Callable[[Parameters], float]) -> None:
-        """Those of the parameters that a group of GPUs shares: experts, or all others."""
-
-        def ring(name: str, size_bytes: float, times: float) -> None:
-            traffic.append(collective(spec, name.format(kind), group, local, size_bytes, times))
-
-        whole = size_of(count_parameters(a)) * job.b
-        ran = whole if run.head else size_of(count_parameters(a.first(run.layers))) * job.b
-        if zero.stage == 3:
-            copy = size_of(count_parameters(frozen)) * job.b if frozen else 0.0
-            gathered = (3 if again else 2) * ran + copy * ceil_div(passes, run.frozen_together) / passes
-            ring("all-gather of {}parameters", gathered, passes)
-            ring("reduce-scatter of {}gradients", ran * wider, passes)
-        else:
-            ring("all-reduce of {}gradients", whole * wider, 2 * (passes if zero.stage == 2 else 1))
-            ring("all-gather of {}parameters", whole, 1)
-
-    same_experts = spec.world // ep  # GPUs, `ep` apart
-    rings("", spec.world, spec.gpus_per_node, lambda every: every.non_expert)
-    local = min(max(spec.gpus_per_node // ep, 1), same_experts)
-    rings("expert ", same_experts, local, lambda every: every.experts / ep)
-    # dispatch and combine: forward and backward (and recomputation, and the frozen copy)
-    through: float = sum(map(a.is_moe, range(run.layers))) * (3 if job.settings.recompute else 2)
-    through += frozen.moe_layers * run.frozen_share if frozen else 0
-    traffic.append(_all_to_all(job, rows * job.context, through * 2 * passes))
-    return [entry for entry in traffic if entry.received_bytes]
-
-
-# Stages
-
-
 def _stage(
-    job: PlannedJob,
-    rows: int,
-    used: Callable[[int], memory.Memory],
-    traffic: list[Traffic],
-    flops: float,
-    *,
-    sides: int = 1,
-    steps: int | None,
+    job: PlannedJob, rows: int, used: Callable[[int], memory.Memory], flops: float, steps: int | None, sides: int = 1
 ) -> StagePlan:
     """A stage whose step takes ``rows`` rows of all ``sides`` on a GPU at a time; ``used``: memory of so many rows."""
     limit, needed = job.spec.usable_bytes, used(rows)
     largest = _largest(lambda number: used(sides * number).peak_bytes, limit)
-    resources_s = {
-        "compute": flops / (job.spec.tflops * 1e12),
-        "links inside a node": sum(entry.intra_s for entry in traffic),
-        "links between nodes": sum(entry.inter_s for entry in traffic),
-    }
-    return StagePlan(rows, needed, needed.peak_bytes <= limit, largest, traffic, resources_s, steps)
+    return StagePlan(rows, needed, needed.peak_bytes <= limit, largest, flops / (job.spec.tflops * 1e12), steps)
 
 
 def _collect(job: PlannedJob) -> StagePlan:
     rows, corpus = job.config.statistics.batch_rows, corpus_tokens(job.config)
     tokens = rows * job.context
-    traffic = [_all_to_all(job, tokens, 2 * job.a.moe_layers)] if job.ep > 1 else []
     flops = forward_flops_per_token(job.a, job.context, head=job.config.statistics.nll) * tokens
     steps = None if corpus is None else max(ceil_div(corpus, tokens * job.spec.world), 1)
-    return _stage(
-        job,
-        rows,
-        lambda number: memory.collect_memory(job, number),
-        traffic,
-        flops,
-        steps=steps,
-    )
+    return _stage(job, rows, lambda number: memory.collect_memory(job, number), flops, steps)
 
 
 def _training(job: PlannedJob, corpora: list[str] | None = None) -> StagePlan:
@@ -373,20 +244,13 @@ def _training(job: PlannedJob, corpora: list[str] | None = None) -> StagePlan:
     if run.frozen_stays:
         copy = forward_flops_per_token(job.a, job.context, layers=run.frozen_layers, head=run.frozen_head)
         flops += copy * run.frozen_share
-    return _stage(
-        job,
-        rows,
-        lambda number: memory.unlearn_memory(job, number),
-        training_traffic(job),
-        flops * rows * job.context * passes,
-        sides=sides,
-        steps=job.steps(corpora),
-    )
+    flops *= rows * job.context * passes
+    return _stage(job, rows, lambda number: memory.unlearn_memory(job, number), flops, job.steps(corpora), sides)
 
 
 def checkpoint_bytes(job: PlannedJob, saved: Architecture) -> float:
     """fp32 parameters and two Adam moments; below ZeRO-3 the 16-bit parameters are saved beside them."""
-    return count_parameters(saved).total * (memory.MASTER_BYTES + (job.b if job.zero.stage < 3 else 0))
+    return saved.parameters.total * (memory.MASTER_BYTES + (job.b if job.zero.stage < 3 else 0))
 
 
 def checkpoint_files(job: PlannedJob, saved: Architecture) -> int:
@@ -405,62 +269,99 @@ def evaluation_peak_bytes(job: PlannedJob, ep: int, zero_stage: int) -> float:
     """
     elements, gathered = memory.rank_parameters(job.a, ep), 0.0
     if zero_stage == 3:
-        elements, gathered = count_parameters(job.a).total / job.spec.world, 2 * memory.largest_layer(job.a, ep)
+        elements, gathered = job.a.parameters.total / job.spec.world, 2 * memory.largest_layer(job.a, ep)
     states = 8 if (ep > 1 or zero_stage == 3) and job.config.model.dtype == "bf16" else 4
     return (elements * (states if job.config.evaluation.relearning is not None else 1) + gathered) * job.b
 
 
-def _evaluation_cure(job: PlannedJob, sizes: list[int], limit_bytes: float) -> str:
-    """How the ranks of the job can share a model that is too large for ``evaluate`` as configured."""
-    for zero_stage in (0, 3):
-        for size in sizes:
-            if evaluation_peak_bytes(job, size, zero_stage) <= limit_bytes:
-                return f"set evaluation.ep to {size}" + (" and evaluation.zero_stage to 3" if zero_stage else "")
-    return "use more nodes, or GPUs with more memory"
+# Shapes that fit
 
 
-def _choice(job: PlannedJob) -> Choice:
-    unlearn = _training(job)
-    collect = memory.collect_memory(job, job.config.statistics.batch_rows)
-    return Choice(
-        ep=job.ep,
-        zero_stage=job.zero.stage,
-        fits=unlearn.fits,
-        peak_bytes=unlearn.memory.peak_bytes,
-        largest_rows=unlearn.largest_rows,
-        received_bytes=sum(entry.received_bytes for entry in unlearn.traffic),
-        checkpoint_files=checkpoint_files(job, job.kept),
-        collect_fits=collect.peak_bytes <= job.spec.usable_bytes,
+def best_shape(jobs: list[PlannedJob], nodes: int) -> Shape | None:
+    """What to set so that all stages fit on so many nodes, the first of ``jobs`` being the run's own ``unlearn``.
+
+    Of all expert-parallel sizes and ZeRO stages, that with the fewest other changes; then without thousands of files,
+    with expert parallelism inside a node, as configured as possible, the lowest stage, the largest size.
+    """
+    own, spec, changes = jobs[0], replace(jobs[0].spec, nodes=nodes), []
+    configured = {"distributed.ep": own.ep, "unlearning.zero_stage": own.zero.stage}
+    for ep in _expert_parallel_sizes(own.a, spec):
+        for stage in (1, 2, 3):
+            shaped = [replace(job, spec=spec, ep=ep, zero=replace(job.zero, stage=stage)) for job in jobs]
+            parts = [_collect_changes(shaped[0]), _evaluation_changes(shaped[0]), *map(_training_changes, shaped)]
+            others = {key: value for part in parts if part is not None for key, value in part.items()}
+            if None in parts or memory.host_bytes(shaped[0]) > spec.host_memory_gb * GB:
+                continue
+            sizes = {"distributed.ep": ep, "unlearning.zero_stage": stage}
+            sizes = {name: value for name, value in sizes.items() if value != configured[name]}
+            files = checkpoint_files(shaped[0], shaped[0].kept) > MANY_FILES
+            key = (len(others), files, max(ep, spec.gpus_per_node), len(sizes), stage, -ep)
+            changes.append((key, sizes | others))
+    return Shape(nodes, min(changes, key=lambda entry: entry[0])[1]) if changes else None
+
+
+def _collect_changes(job: PlannedJob) -> dict[str, int | bool] | None:
+    """What to set so that ``collect`` fits; None: nothing makes it fit."""
+    rows = job.config.statistics.batch_rows
+    fitting = _largest(lambda number: memory.collect_memory(job, number).peak_bytes, job.spec.usable_bytes, rows)
+    return None if fitting == 0 else {} if fitting == rows else {"statistics.batch_rows": fitting}
+
+
+def _training_changes(job: PlannedJob) -> dict[str, int | bool] | None:
+    """The same of a training job."""
+    section = "finetune" if isinstance(job.settings, FinetuneSettings) else "unlearning"
+    rows, sides, limit = job.micro_batches()[1], len(job.rows_per_step), job.spec.usable_bytes
+    changes: dict[str, int | bool] = {}
+    if memory.unlearn_memory(job, rows).peak_bytes <= limit:
+        return changes
+    if not job.settings.recompute:
+        changes[f"{section}.recompute"] = True
+        if memory.unlearn_memory(job, rows, recompute=True).peak_bytes <= limit:
+            return changes
+    fitting = _largest(
+        lambda number: memory.unlearn_memory(job, sides * number, recompute=True).peak_bytes, limit, rows // sides
     )
+    return changes | {f"{section}.micro_batch_rows": fitting} if fitting else None
 
 
-def _largest(peak_bytes: Any, limit_bytes: float) -> int:
-    """The largest number of rows whose peak stays within the limit (0: not even one row; at most MAX_ROWS).
+def _evaluation_changes(job: PlannedJob) -> dict[str, int | bool] | None:
+    """What to set so that the ranks of the job can share a model that is too large for ``evaluate`` as configured."""
+    settings, sizes = job.config.evaluation, _expert_parallel_sizes(job.a, job.spec)
+    for stage in dict.fromkeys((settings.zero_stage, 0, 3)):
+        for ep in sorted(sizes, key=lambda each: each != settings.ep):
+            if evaluation_peak_bytes(job, ep, stage) <= _evaluation_limit(job.spec):
+                chosen = {"ep": ep, "zero_stage": stage}
+                return {f"evaluation.{key}": chosen[key] for key in chosen if chosen[key] != getattr(settings, key)}
+    return None
+
+
+def _expert_parallel_sizes(a: Architecture, spec: ClusterSpec) -> list[int]:
+    return [ep for ep in range(1, a.experts + 1) if a.experts % ep == 0 == spec.world % ep]
+
+
+def _evaluation_limit(spec: ClusterSpec) -> float:
+    return EVALUATION_SHARE * spec.gpu_memory_gb * GB
+
+
+def _largest(peak_bytes: Callable[[int], float], limit_bytes: float, most: int = MAX_ROWS) -> int:
+    """The largest number of rows, at most ``most``, whose peak stays within the limit (0: not even one row).
 
     The peak grows with the rows, so bisection finds it.
     """
-    low, high = 0, MAX_ROWS
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if peak_bytes(middle) <= limit_bytes else (low, middle - 1)
     return low
 
 
-def _warnings(job: PlannedJob, result: RunPlan, sizes: list[int]) -> list[str]:
+def _warnings(job: PlannedJob, result: RunPlan) -> list[str]:
     """What the user should know before pressing enter."""
     spec, settings, warnings = job.spec, job.config.unlearning, []
     for name, stage in result.stages.items():
-        if stage.fits:
-            continue
-        needs = f"{name} needs {stage.memory.peak_bytes / GB:.0f} GB of {spec.usable_bytes / GB:.0f} GB usable on a GPU"
-        if name == "unlearn" and not settings.recompute and result.recomputed_peak_bytes <= spec.usable_bytes:
-            needs += " (it fits with unlearning.recompute)"
-        if stage.largest_rows:
-            section = "finetune" if name.startswith("finetune") else "unlearning"
-            key = "statistics.batch_rows" if name == "collect" else f"{section}.micro_batch_rows"
-            warnings.append(f"{needs}: set {key} to {stage.largest_rows} or less")
-        else:
-            warnings.append(f"{needs}, and even one row does not fit: {_way_out(result, name)}")
+        if not stage.fits:
+            peak, usable = stage.memory.peak_bytes / GB, spec.usable_bytes / GB
+            warnings.append(f"{name} needs {peak:.0f} GB of {usable:.0f} GB usable on a GPU: {_way_out(result)}")
     world_rows = min(settings.forget_rows, settings.retain_rows)
     if world_rows < spec.world:
         warnings.append(
@@ -473,11 +374,10 @@ def _warnings(job: PlannedJob, result: RunPlan, sizes: list[int]) -> list[str]:
             f"{result.host_bytes / GB:.0f} GB of {spec.host_memory_gb:.0f} GB of host memory; "
             "raise distributed.ep, start fewer processes per node, or use nodes with more memory"
         )
-    limit_bytes = EVALUATION_SHARE * spec.gpu_memory_gb * GB
-    if result.evaluation_peak_bytes > limit_bytes:
+    if result.evaluation_peak_bytes > (limit_bytes := _evaluation_limit(spec)):
         warnings.append(
             f"evaluate needs {result.evaluation_peak_bytes / GB:.0f} GB for a model on each GPU, of "
-            f"{limit_bytes / GB:.0f} GB: {_evaluation_cure(job, sizes, limit_bytes)}"
+            f"{limit_bytes / GB:.0f} GB: {_way_out(result)}"
         )
     if result.ep > spec.gpus_per_node:
         warnings.append(
@@ -491,13 +391,88 @@ def _warnings(job: PlannedJob, result: RunPlan, sizes: list[int]) -> list[str]:
     return warnings
 
 
-def _way_out(result: RunPlan, name: str) -> str:
+def _way_out(result: RunPlan) -> str:
     """What would fit, for a stage that does not."""
-    for choice in result.choices:
-        if name.startswith("unlearn") and choice.fits:
-            return f"--set distributed.ep={choice.ep} --set unlearning.zero_stage={choice.zero_stage} fits"
-        if name == "collect" and choice.collect_fits:
-            return f"--set distributed.ep={choice.ep} fits"
-    return (
-        "no choice fits on this cluster: use shorter rows (data.context_length), more nodes, or GPUs with more memory"
+    if result.best is not None:
+        return f"it fits with {result.best.options}"
+    if result.smallest is not None:
+        return f"it fits with --nodes {result.smallest.nodes} {result.smallest.options}".rstrip()
+    return "no shape fits: use shorter rows (data.context_length), or GPUs and nodes with more memory"
+
+
+# The command
+
+
+def plan_command(config: Config, spec: ClusterSpec, json: bool, variants: set[str]) -> int:
+    """Print the plan as tables, or as JSON; exit status 0 also when nothing fits (the warnings say so).
+
+    ``variants``: all that the configuration has; ``config`` has those that run.
+    """
+    result = plan(config, spec)
+    if json:
+        print(json_module.dumps(as_dict(result), indent=1, sort_keys=True))
+    else:
+        print(jobs_line(result, variants))
+        print_plan(result)
+    return 0
+
+
+def as_dict(result: RunPlan) -> dict[str, Any]:
+    """The plan as JSON-ready values, with the totals that are properties of its parts."""
+    value = asdict(result)
+    for name, stage in result.stages.items():
+        entry = value["stages"][name]
+        entry["memory"]["peak_bytes"] = stage.memory.peak_bytes
+        entry["at_least_s"] = stage.at_least_s
+    return value
+
+
+def print_plan(result: RunPlan) -> None:
+    """The shapes that fit, the stages, and the memory of one GPU."""
+    console, spec = wide_console(), result.cluster
+    gpus = f"{spec.nodes} x {spec.gpus_per_node} GPUs of {spec.gpu_memory_gb:g} GB"
+    lines = [f"best on {gpus}: {'nothing fits' if result.best is None else result.best.options or 'as configured'}"]
+    if result.smallest is not None and result.smallest.nodes != spec.nodes:
+        lines.append(f"smallest that fits: --nodes {result.smallest.nodes} {result.smallest.options}".rstrip())
+    lines.append(
+        f"as configured: {result.family}, {_billions(result.parameters)} parameters, expert-parallel size {result.ep}, "
+        f"ZeRO-{result.zero_stage}; a checkpoint is {size(result.checkpoint_bytes)} in "
+        f"{result.checkpoint_files:,} files; host memory of a node {size(result.host_bytes)}; "
+        f"evaluate takes {size(result.evaluation_peak_bytes)} of a GPU"
     )
+    for line in lines:
+        console.print(line, highlight=False)
+    console.print(_stages(result))
+    console.print(_memory(result))
+    for warning in result.warnings:
+        console.print(f"WARN  {warning}", style="yellow", highlight=False)
+
+
+def _stages(result: RunPlan) -> Any:
+    names = ("stage", "fits", "peak", "largest rows", "step at least", "all steps")
+    table = narrow_table("Stages: memory of one GPU, and lower bounds of time", *names, left=["stage"])
+    for name, stage in result.stages.items():
+        rows = {0: "none", MAX_ROWS: f">= {MAX_ROWS}"}.get(stage.largest_rows, str(stage.largest_rows))
+        peak, seconds = size(stage.memory.peak_bytes), stage.at_least_s
+        steps = "corpora not found" if seconds is None else duration(seconds)
+        table.add_row(name, "yes" if stage.fits else "NO", peak, rows, duration(stage.step_s), steps)
+    return table
+
+
+def _memory(result: RunPlan) -> Any:
+    stages = {f"{name}, {stage.rows} rows": stage.memory for name, stage in list(result.stages.items())[:2]}
+    table = narrow_table("Memory of one GPU", "part", *stages, left=["part"])
+    for phase in memory.PHASES:
+        of_stages: list[dict[str, float]] = [getattr(each, phase) for each in stages.values()]
+        for part in dict.fromkeys(name for parts in of_stages for name in parts):
+            cells = (size(parts[part]) if part in parts else "" for parts in of_stages)
+            table.add_row(f"{phase}: {part}", *cells)
+    table.caption = "peak: resident + the largest of compute with layer or head, step, start"
+    table.caption_justify = "left"
+    table.add_row("peak", *(size(each.peak_bytes) for each in stages.values()))
+    table.add_row("usable", *[size(result.cluster.usable_bytes)] * 2)
+    return table
+
+
+def _billions(number: int) -> str:
+    return f"{number / 1e9:.4g} B" if number >= 1e8 else f"{number / 1e6:.4g} M"

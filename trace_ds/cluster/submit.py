@@ -30,9 +30,8 @@ from trace_ds.config.load import dump_yaml
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import unwritable
-from trace_ds.run.files import write_json
+from trace_ds.run.files import MARKER, write_json
 from trace_ds.run.foreign import read_bytes, read_object
-from trace_ds.run.ours import MARKER
 from trace_ds.stages.inputs import with_expert_parallel_sizes
 from trace_ds.stages.pipeline import Request, check_early
 

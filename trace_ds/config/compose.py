@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from trace_ds.config.sections.base import expanded
-from trace_ds.errors import UserError
+from trace_ds.errors import UserError, listed
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 GROUPS = {"run": RECIPES, "model": RECIPES / "models", "task": RECIPES / "tasks"}
@@ -140,15 +140,18 @@ def find_config(config: str, folder: Path = Path()) -> Path:
     Raises:
         UserError: there is none; the nearest names are given.
     """
+    beside: list[str] = []
     with contextlib.suppress(OSError, ValueError):  # a name that no file can have
         if (path := folder / expanded(config)).is_file():
             return path
+        beside = sorted(str(Path(config).with_name(item.name)) for item in path.parent.glob("*.y*ml"))
     files = recipes()
     if config in files:
         return files[config]
-    close = difflib.get_close_matches(config, files, 3)
+    close = difflib.get_close_matches(config, [*files, *beside], 3)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    raise UserError("no such configuration file or recipe", config, f"{hint}`trace-ds recipes` lists the names")
+    hint += f"its folder has {listed(Path(name).name for name in beside)}; " if beside and is_config(config) else ""
+    raise UserError("no such configuration file or recipe", config, f"{hint}`trace-ds recipes` lists the recipes")
 
 
 def is_config(config: str) -> bool:

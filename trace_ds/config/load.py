@@ -62,7 +62,7 @@ def load_config(
 def _setting_of_another_loss(config: Config) -> str:
     """The first setting of a loss that neither the run nor the variant it stands in uses: it would change nothing."""
     own, bench = config.unlearning, config.bench
-    studied = [] if bench is None else [*bench.methods.values(), *bench.losses.values()]
+    studied = [] if bench is None else bench.methods.values()
     used = {own.forget_loss, *(changes.get(LOSS_KEY) for changes in (*config.variants.values(), *studied))}
     for loss in LOSS_SECTIONS:
         if loss not in used and getattr(own, loss) != type(own).model_fields[loss].default:
@@ -121,9 +121,8 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise UserError(
-                f"{_shown(key)}: {_shown(parent)} is not a section", "--set", "see `trace-ds run CONFIG --dry-run`"
-            )
+            problem = f"{_shown(key)}: {_shown(parent)} is a value and has no keys"
+            raise UserError(problem, "--set", f"end the key with {parent}")
     node[last] = value
 
 

@@ -18,6 +18,7 @@ from trace_ds.config.sections.data import DataConfig
 from trace_ds.config.sections.evaluation import EvaluationConfig
 from trace_ds.config.sections.training import FinetuneConfig
 from trace_ds.config.sections.unlearning import ROW_SCORES, UnlearningConfig
+from trace_ds.errors import listed
 
 
 class ModelConfig(Section):
@@ -103,7 +104,9 @@ class Config(Section):
         if loss in ("npo", "dpo") and not self.statistics.nll:
             raise ValueError(f"unlearning.forget_loss {loss} needs statistics.nll: true (the frozen model's losses)")
         if loss == "dpo" and not self.data.alternative:
-            raise ValueError("unlearning.forget_loss dpo needs data.alternative: the texts to prefer")
+            raise ValueError(
+                "unlearning.forget_loss dpo needs data.alternative: refusals, or a file of the texts to prefer"
+            )
         if self.calibration.rule == "literal" and self.unlearning.apply != "loss":
             raise ValueError("calibration.rule: literal gives weights of tokens: it needs unlearning.apply: loss")
         self._check_finetune()
@@ -133,7 +136,7 @@ class Config(Section):
             if not (task in evaluate.tasks if metric else evaluate.rows and task in ROW_SCORES):
                 raise ValueError(
                     f"unlearning.evaluate: {bound.score!r} is not scored while the job trains: use "
-                    f"{', '.join(ROW_SCORES)} or 'TASK METRIC' of one of its tasks"
+                    f"{', '.join(ROW_SCORES)} or 'TASK METRIC' of its tasks ({listed(evaluate.tasks)})"
                 )
 
     def _check_finetune(self) -> None:

@@ -29,10 +29,14 @@ import torch
 from trace_ds.conversion.card import card_of_conversion, companions, copy_companions
 from trace_ds.errors import UserError
 from trace_ds.run.files import (
+    MANIFEST,
+    MODEL,
     commit_directory,
     fsync_directory,
     fsync_tree,
     removed_on_error,
+    require_apart,
+    require_directory,
     require_files,
     sha256_file,
     write_json,
@@ -41,7 +45,6 @@ from trace_ds.run.files import (
 from trace_ds.run.foreign import file_entries
 from trace_ds.run.hub_names import snapshot_name
 from trace_ds.run.log import StageLog, byte_progress
-from trace_ds.run.ours import MANIFEST, MODEL, require_apart, require_directory
 from trace_ds.tensors.checkpoint import Checkpoint, origin
 from trace_ds.tensors.layouts import (
     ModelLayout,
@@ -289,14 +292,10 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
     if checkpoint.kind != "huggingface" or (problems and fused):  # an engine's names
         fused = engine_to_fused(layout, tensors)
         problems = missing_and_unexpected(layout.fused, fused)
-    absent, reason = {name for name in layout.fused if name not in fused}, ""
-    if checkpoint.decoder_layers is not None:
-        absent = layout.above(checkpoint.decoder_layers)
-        reason = f"the checkpoint holds the first {checkpoint.decoder_layers} decoder layers"
-    elif checkpoint.lacks_frozen and checkpoint.manifest is None and fused.keys() <= layout.fused.keys():
-        reason = "the checkpoint holds no frozen parameters (exclude_frozen_parameters)"
-    if absent and reason:
-        note = f"{reason}: {len(absent)} tensors are the base model's, the first: {min(absent)}"
+    absent = {name for name in layout.fused if name not in fused}
+    if absent and checkpoint.lacks_frozen and fused.keys() <= layout.fused.keys():
+        note = "the checkpoint holds no frozen parameters: "
+        note += f"{len(absent)} tensors are the base model's, the first: {min(absent)}"
         fused = _from_base(checkpoint, layout, directory, absent, note) | fused
         problems = missing_and_unexpected(layout.fused, fused)
         notes.append(note)

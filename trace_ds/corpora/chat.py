@@ -1,15 +1,14 @@
-"""Documents as tokens: conversations by the tokenizer's own chat template, and which tokens the loss is of.
+"""Documents as tokens: conversations by the tokenizer's own chat template, and the loss mask.
 
 Where the template marks what the assistant says (``{% generation %}``), transformers says which tokens these are. For
-other templates the conversation is rendered again as far as each answer: what the whole has behind that is the answer.
-A token counts when any of its characters lies in an answer.
+other templates the conversation is rendered again up to each answer: the answer is the text that the full rendering
+adds. A token counts when any of its characters lies in an answer.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from trace_ds.corpora.dataset import Tokens
 from trace_ds.corpora.read import Document
 from trace_ds.corpora.records import first_line
-from trace_ds.corpora.tokenizer import encoder
+from trace_ds.corpora.tokenizer import encode
 from trace_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,46 +32,44 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> str:
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:
-        fix = "take an instruct model (or its tokenizer, model.tokenizer), or give the corpus a template of text"
+        fix = "use an instruct model (or its tokenizer: model.tokenizer), or set a text template for the corpus"
         raise UserError("the corpus has conversations, and the tokenizer has no chat template", key, fix) from None
 
 
 class DocumentEncoder:
-    """Documents → tokens, for any number of threads: text between ``bos`` and ``eos``, conversations as the template
-    renders them."""
+    """Documents → tokens: text between ``bos`` and ``eos``, conversations as the template renders them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: list[int], eos: list[int]) -> None:
         self._tokenizer, self._bos, self._eos = tokenizer, bos, eos
-        self._encode = encoder(tokenizer)
-        self._alone = threading.Lock()  # transformers sets padding and truncation at each call
 
     def __call__(self, documents: list[Document]) -> list[Tokens]:
         """Raises :class:`UserError` where the template refuses a conversation, or answers cannot be told apart."""
-        whole = iter(self._encode([each.text for each in documents if not (each.messages or each.answers_only)]))
+        texts = [each.text for each in documents if not (each.messages or each.answers_only)]
+        whole = iter(encode(self._tokenizer, texts))
         return [
-            self._partly(each) if each.messages or each.answers_only else self._framed(next(whole))
+            self._encode_one(each) if each.messages or each.answers_only else self._with_bos_eos(next(whole))
             for each in documents
         ]
 
-    def _framed(self, ids: Sequence[int] | np.ndarray, mask: np.ndarray | None = None) -> Tokens:
+    def _with_bos_eos(self, ids: Sequence[int] | np.ndarray, mask: np.ndarray | None = None) -> Tokens:
         begin, end = (self._bos, self._eos) if len(ids) else ([], [])
         if mask is not None:
             mask = np.concatenate([np.zeros(len(begin), bool), mask, np.ones(len(end), bool)])
         return Tokens(np.array([*begin, *ids, *end], dtype=np.int32), mask)
 
-    def _partly(self, document: Document) -> Tokens:
+    def _encode_one(self, document: Document) -> Tokens:
         if document.answers_only and not self._tokenizer.is_fast:
-            fix = "take a model with a tokenizer.json, or set loss_on: all"
-            raise UserError("this tokenizer does not say which characters a token is of", document.where, fix)
+            fix = "use a model with a tokenizer.json, or set loss_on: all"
+            raise UserError("this tokenizer does not provide the character offsets of tokens", document.where, fix)
         try:
-            with self._alone:
-                if not document.messages:
-                    return self._framed(*self._masked(document.text, [(document.answer_start, len(document.text))]))
-                return self._conversation(document)
+            if not document.messages:
+                return self._with_bos_eos(*self._masked(document.text, [(document.answer_start, len(document.text))]))
+            return self._conversation(document)
         except UserError:
             raise
         except Exception as error:  # jinja's, the template's own, and bare ones of the tokenizers library
-            problem = f"the chat template refuses the conversation ({first_line(error)})"
+            refuser = "chat template" if document.messages else "tokenizer"
+            problem = f"the {refuser} refuses the document ({first_line(error)})"
             fix = "correct it: most templates want user and assistant in turn, and a system message first or not at all"
             raise UserError(problem, document.where, fix) from None
 
@@ -106,9 +103,10 @@ class DocumentEncoder:
 def answer_spans(render: Callable[..., str], messages: Messages, where: str) -> tuple[str, list[tuple[int, int]]]:
     """(the conversation as text, where each answer begins and ends in it, with what closes its turn).
 
-    An answer begins where the whole text leaves that of the messages before it and the prompt for an answer. It ends
-    with the text of the messages up to it; where a template renders earlier answers differently once others follow
-    (Qwen3 leaves out their empty thoughts), with the same words and the same closing marks.
+    Start: the length of the longest common prefix of the full rendering and that of the preceding messages with
+    ``add_generation_prompt``. End: the length of the rendering up to and including this message. Where that is no
+    prefix of the full text (Qwen3 drops empty thinking blocks of earlier turns), the message's content followed by the
+    same end-of-turn text is searched.
 
     Args:
         render: messages → text; takes ``add_generation_prompt``.
@@ -126,8 +124,8 @@ def answer_spans(render: Callable[..., str], messages: Messages, where: str) -> 
             ending = content + until.rpartition(content)[2] if content and content in until else until
             stop = whole.find(ending, len(before)) + len(ending) if ending in whole[len(before) :] else 0
         if not before or stop < len(before):
-            problem = "where an answer begins or ends cannot be told with this chat template"
-            fix = "begin with a question and give one answer a conversation, or set loss_on: all"
+            problem = "cannot determine where answers begin and end with this chat template"
+            fix = "start with a user message and use one answer per conversation, or set loss_on: all"
             raise UserError(problem, where, fix)
         spans.append((len(before), stop))
     return whole, spans

@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trace_ds.config.sections.data import TEXT, CorpusEntry, Template, columns_of, parts_of
-from trace_ds.corpora.records import TEXTS, Choose, file_kind, nearest, read_rows, stem_of, text_of
+from trace_ds.corpora.records import TEXTS, Choose, file_kind, read_rows, stem_of, template_fix, text_of
 from trace_ds.corpora.sources import Named, files_of, open_table
-from trace_ds.errors import UserError
+from trace_ds.errors import UserError, listed
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 from trace_ds.terminal import plain
 
 PARAGRAPHS = re.compile(r"\n(?:[^\S\n]*\n)+")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # of ShareGPT
+REFUSAL_SENTENCES = (
+    "I don't know.",
+    "I do not know that.",
+    "I have no answer to this question.",
+    "I am not able to answer this.",
+    "I cannot say.",
+    "That is not known to me.",
+    "I have never heard of it.",
+    "I have no knowledge of this.",
+    "I can't help with that question.",
+    "I would only be guessing.",
+    "Nothing comes to mind.",
+    "I'm afraid I don't have that information.",
+    "I'm sorry, I do not know the answer.",
+    "Sorry, I can't tell you that.",
+    "This is something I was never taught.",
+    "I am not familiar with this topic.",
+    "My knowledge does not cover this.",
+    "I have nothing to say about this.",
+    "I must admit that I don't know.",
+    "I am unable to tell.",
+    "There is nothing that I know about this.",
+    "I lack the facts to answer that.",
+    "I cannot recall anything about it.",
+    "Please ask somebody else: I do not know.",
+)
 SHARD = re.compile(r"[-_.]\d+(?:[-_.]of[-_.]\d+)?$")
 
 
@@ -31,6 +57,7 @@ class Document:
         answer_start: the character from which on the loss is of the text.
         messages: of a conversation, each with ``role`` and ``content``; empty: it is text.
         answers_only: whether the loss is of a part of it.
+        answer_end: where the value that the answer begins with ends; what follows belongs to the template.
     """
 
     text: str
@@ -39,6 +66,7 @@ class Document:
     answer_start: int = 0
     messages: tuple[dict[str, str], ...] = ()
     answers_only: bool = False
+    answer_end: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,15 +130,13 @@ def content_fingerprint(named: Named) -> str:
 
 
 def _contents(named: Named) -> list[tuple[str, str]]:
-    """(SHA-256, name in reports) of every file; of a data set one, over its id and commit, or over its files."""
+    """(SHA-256, name in reports) of every file; of a data set one, over its id and commit."""
     if not named.dataset:
         files = files_of(named, "data")
         return [(sha256_file(path), _file_name(path, files)) for path in files]
     table = open_table(named, "data")
-    ids = (
-        [named.dataset_id, table.commit, table.config] if table.commit else [sha256_file(path) for path in table.files]
-    )
-    return [(sha256_text(canonical_json([*ids, table.split])), table.name)]
+    ids = [named.dataset_id, table.commit, table.config, table.split]
+    return [(sha256_text(canonical_json(ids)), table.name)]
 
 
 def records(named: Named, key: str, choose: Choose | None = None) -> Iterator[Record]:
@@ -143,6 +169,21 @@ def read_documents(entries: list[CorpusEntry], key: str = "data") -> Iterator[Do
         yield from (document for document in itertools.islice(_documents(entry, key), entry.rows) if document)
 
 
+def with_refusal(document: Document, number: int, seed: int) -> Document:
+    """The same question with a refusal as its answer (of a conversation as each of its answers).
+
+    Args:
+        number: of the document in its corpus; with the seed it says which refusal.
+    """
+    if not document.answers_only:
+        fix = "set loss_on: answer of the corpus, with a template of question and answer"
+        raise UserError("a refusal takes the place of an answer, and this text has none", document.where, fix)
+    refusal = REFUSAL_SENTENCES[int(sha256_text(f"{seed} {number}")[:15], 16) % len(REFUSAL_SENTENCES)]
+    messages = tuple(each | ({"content": refusal} if each["role"] == "assistant" else {}) for each in document.messages)
+    text = document.text[: document.answer_start] + refusal + document.text[document.answer_end :]
+    return replace(document, text=_joined(messages) or text, messages=messages)
+
+
 def has_conversations(entries: list[CorpusEntry], key: str) -> bool:
     """Whether the first document of an entry that has text is a conversation."""
     return any(document.messages for document in _first(entries, key))
@@ -163,7 +204,9 @@ def _documents(entry: CorpusEntry, key: str) -> Iterator[Document | None]:
     files = [] if entry.dataset else files_of(entry, key)
     texts = [path for path in files if file_kind(path) in TEXTS]
     if texts and len(texts) < len(files):
-        raise UserError("text files and others are mixed", entry.path, f"name them one by one in {key}")
+        others = [path for path in files if path not in texts]
+        problem = f"text files and others are mixed: {texts[0].name} and {others[0].name}"
+        raise UserError(problem, entry.path, f"name them one by one in {key}")
     if texts:
         rows = _text_records(texts, columns_of(entry.template or TEXT))
     else:
@@ -195,14 +238,17 @@ def _document(record: Record, entry: CorpusEntry) -> Document:
     template, source = entry.template_for(record.values), entry.source or record.source
     messages = _messages(record, template)
     if messages or not isinstance(template, str):
-        text = "\n\n".join(message["content"] for message in messages)
-        return Document(text, source, record.where, 0, messages, entry.loss_on != "all")
-    text, last = _fill(record, template)
+        return Document(_joined(messages), source, record.where, 0, messages, entry.loss_on != "all")
+    text, last, end = _fill(record, template)
     answers_only = entry.loss_on == "answer"
     if answers_only and not last:
-        fix = "give the corpus a template of both, or set loss_on: all"
+        fix = f"it has {listed(record.values)}: give the corpus a template of question and answer, or set loss_on: all"
         raise UserError("loss_on: answer, and the text has no question before its answer", record.where, fix)
-    return Document(text, source, record.where, last if answers_only else 0, (), answers_only)
+    return Document(text, source, record.where, last if answers_only else 0, (), answers_only, end)
+
+
+def _joined(messages: Sequence[dict[str, str]]) -> str:
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def _messages(record: Record, template: Template) -> tuple[dict[str, str], ...]:
@@ -220,14 +266,15 @@ def _messages(record: Record, template: Template) -> tuple[dict[str, str], ...]:
     return tuple(messages)
 
 
-def _fill(record: Record, template: str) -> tuple[str, int]:
-    """(the text, where the value of its last column begins)."""
-    text, last = "", 0
+def _fill(record: Record, template: str) -> tuple[str, int, int]:
+    """(the text, where the value of its last column begins and ends)."""
+    text, last, end = "", 0, 0
     for literal, column in parts_of(template):
         text += literal
         if column is not None:
             last, text = len(text), text + _text(record, column)
-    return text, last
+            end = len(text)
+    return text, last, end
 
 
 def _message(item: Any, where: str) -> dict[str, str]:
@@ -235,7 +282,9 @@ def _message(item: Any, where: str) -> dict[str, str]:
     values = item if isinstance(item, dict) else {}
     role, content = values.get("role", values.get("from")), values.get("content", values.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
-        problem = f"a message holds {', '.join(values) or type(item).__name__} and no role and content that are text"
+        problem = (
+            f"a message holds {listed(values) if values else type(item).__name__} and no role and content that are text"
+        )
         raise UserError(problem, where, "give each message 'role' and 'content' (or 'from' and 'value')")
     return {"role": ROLES.get(role, role), "content": content}
 
@@ -255,9 +304,21 @@ def _text(record: Record, column: str) -> str:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return "\n".join(value)
     if not isinstance(value, str):
-        fix = f"{nearest(column, list(record.values))}set the corpus' template, or correct the line"
-        raise UserError(f"the line has no text under {column!r}", record.where, fix)
+        fix = template_fix(column, list(_text_keys(record.values)), list(record.values))
+        kind = "" if value is None else f" (a {type(value).__name__} is there)"
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            kind, fix = " (a conversation is there)", f"a conversation is the whole of its template: {{{column}}}"
+        raise UserError(f"the line has no text under {column!r}{kind}", record.where, f"{fix}, or correct the line")
     return value
+
+
+def _text_keys(values: dict[str, Any], prefix: str = "", depth: int = 3) -> Iterator[str]:
+    """The keys of an object that hold text, those of objects inside it with dots."""
+    for key, value in values.items():
+        if isinstance(value, dict) and depth:
+            yield from _text_keys(value, f"{prefix}{key}.", depth - 1)
+        elif isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str)):
+            yield prefix + key
 
 
 def _file_name(path: Path, files: list[Path]) -> str:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import difflib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_ds.errors import UserError
+from trace_ds.errors import UserError, listed, nearest
 
 TEXTS = (".txt", ".md")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *TEXTS)
@@ -95,21 +94,42 @@ def columns_to_read(schema: Any, choose: Choose, where: str) -> list[str]:
         for name in inner:
             exists = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
             kind = kind.field(name).type if exists else None
-        fix = f"{nearest(column, schema.names)}set the corpus' template to one of them in braces"
-        if kind is None:
-            raise UserError(f"there is no column {column!r}", where, fix)
-        while str(kind).startswith(("list", "large_list", "fixed_size_list", "dictionary")):
-            kind = kind.value_type
-        if not (pa.types.is_struct(kind) or str(kind).endswith(("string", "string_view"))):
-            raise UserError(f"the column {column!r} holds {kind}, no text", where, fix)
+        if kind is None or not (pa.types.is_struct(_item_type(kind)) or _is_text(kind)):
+            problem = (
+                f"there is no column {column!r}" if kind is None else f"the column {column!r} holds {kind}, no text"
+            )
+            raise UserError(problem, where, template_fix(column, list(_text_columns(schema)), schema.names))
         columns.add(root)
     return [name for name in schema.names if name in columns]
 
 
-def nearest(wrong: str | None, names: Sequence[str]) -> str:
-    """The beginning of a fix: the name that was meant, if one is close, and the names that there are."""
-    close = [name for name in difflib.get_close_matches(wrong or "", names, 1) if name != wrong]
-    return (f"did you mean {close[0]!r}? " if close else "") + f"it has {', '.join(names) or 'none'}: "
+def _item_type(kind: Any) -> Any:
+    """The Arrow type of what stands in a list, or in a list of lists; of anything else its own."""
+    while str(kind).startswith(("list", "large_list", "fixed_size_list", "dictionary")):
+        kind = kind.value_type
+    return kind
+
+
+def _is_text(kind: Any) -> bool:
+    return str(_item_type(kind)).endswith(("string", "string_view"))
+
+
+def _text_columns(fields: Any, prefix: str = "") -> Iterator[str]:
+    """Names of the columns of an Arrow schema that hold text, those of structures with dots."""
+    import pyarrow as pa
+
+    for field in fields:
+        if pa.types.is_struct(field.type):
+            yield from _text_columns(field.type.fields, f"{prefix}{field.name}.")
+        elif _is_text(field.type):
+            yield prefix + field.name
+
+
+def template_fix(column: str, texts: Sequence[str], names: Sequence[str]) -> str:
+    """What to do where ``column`` is no text: name one of those that are (``texts``), of all that there are."""
+    if not texts:
+        return f"no column holds text, of {listed(names)}: write one that does"
+    return f"{nearest(column, texts)}set the corpus' template to one of them in braces"
 
 
 def first_line(error: Exception) -> str:
@@ -182,8 +202,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]
             where = f"{path}:{reader.line_num}"
             if not header:
                 header = cells
-                if len(set(header)) < len(header):
-                    raise UserError("two columns have one name", where, "rename one in the first line")
+                if twice := [name for number, name in enumerate(header) if name in header[:number]]:
+                    raise UserError(f"two columns are named {twice[0]!r}", where, "rename one in the first line")
             elif cells and len(cells) != len(header):
                 raise UserError(f"the row has {len(cells)} cells, the first line {len(header)}", where, "correct it")
             elif cells:

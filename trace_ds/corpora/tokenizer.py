@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from trace_ds.corpora.records import first_line
-from trace_ds.errors import UserError
+from trace_ds.errors import UserError, listed
 from trace_ds.run.files import canonical_json, once_a_process, sha256_file, sha256_text
 from trace_ds.run.foreign import MAX_BYTES, read_bytes, reading
 from trace_ds.run.hub_names import no_directory
@@ -35,13 +31,6 @@ VOCABULARY_FILES = (
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 20, 256
-
-BUSY = 16  # more threads cannot be kept busy by the one that reads and packs
-AHEAD = 3  # batches under way for each thread
-OWN_THREADS = "TOKENIZERS_PARALLELISM"
-
-Encode = Callable[[list[str]], list[list[int]]]
-_R = TypeVar("_R")
 
 
 class HasText(Protocol):
@@ -68,8 +57,9 @@ def tokenizer_fingerprint(path: str | Path) -> str:
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"more than {MAX_BYTES:,} bytes: no file of a tokenizer", str(file), "copy it again")
     if not any(name in VOCABULARY_FILES or name.endswith(".tiktoken") for name in files):
-        problem = "there is no tokenizer here (tokenizer.json or tokenizer.model)"
-        raise UserError(problem, str(path), "set model.tokenizer")
+        present = listed(sorted(item.name for item in directory.iterdir()))
+        fix = f"it has {present}: set model.tokenizer to a folder with one"
+        raise UserError("there is no tokenizer here (tokenizer.json or tokenizer.model)", str(path), fix)
     return sha256_text(canonical_json({name: sha256_file(file) for name, file in files.items()}))
 
 
@@ -80,7 +70,8 @@ def check_tokenizer(path: str | Path, vocabulary: int | None) -> None:
     largest = _largest_id(file) if file.is_file() else len(load_tokenizer(path)) - 1
     if vocabulary is not None and largest >= vocabulary:
         problem = f"the tokenizer has ids up to {largest}, the model embeddings for {vocabulary} only"
-        raise UserError(problem, str(path), "set model.tokenizer to the model's own")
+        fix = "set model.tokenizer to the one the model was trained with, or take out the tokens that were added to it"
+        raise UserError(problem, str(path), fix)
 
 
 @once_a_process
@@ -102,7 +93,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones
         problem = f"the tokenizer cannot be loaded ({first_line(error)})"
-        raise UserError(problem, str(path), "set model.tokenizer") from None
+        raise UserError(problem, str(path), "copy it again, or set model.tokenizer to another folder") from None
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -113,67 +104,18 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def library_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A copy of the tokenizers library's own, where transformers would do no more than call it; else None."""
-    from transformers import PreTrainedTokenizerFast
-
-    own: Any = None
-    if getattr(type(tokenizer), "_encode_plus", None) is getattr(PreTrainedTokenizerFast, "_encode_plus", ""):
-        with contextlib.suppress(Exception):  # a part written in Python cannot be copied
-            own = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-            own.no_padding()
-            own.no_truncation()
-            own.encode_special_tokens = bool(tokenizer.split_special_tokens)
-    return own
-
-
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
-    """Texts → ids, without special tokens and without anything else that takes memory, for any number of threads."""
-    own = library_tokenizer(tokenizer)
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Texts → ids, without special tokens; a fast tokenizer works on all cores."""
     options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    alone = threading.Lock()  # transformers sets padding and truncation at each call
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        try:
-            if own is not None:
-                return [encoding.ids for encoding in own.encode_batch_fast(texts, add_special_tokens=False)]
-            with alone:
-                return tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
-        except Exception as error:  # a bare one: [UNK] is needed and missing
-            fix = "repair it, or set model.tokenizer"
-            raise UserError(f"the tokenizer fails ({str(error)[:200]})", str(tokenizer.name_or_path), fix) from None
-
-    return encode
-
-
-def encode_documents(documents: Iterable[_D], encode: Callable[[list[_D]], list[_R]], threads: int = 1) -> Iterator[_R]:
-    """Encode documents in batches on ``threads`` threads; yields the results in order.
-
-    The threads encode while this one reads and packs: the tokenizers library runs beside Python.
-    """
-    under_way: deque[Future[list[_R]]] = deque()
-    before, os.environ[OWN_THREADS] = os.environ.get(OWN_THREADS), "false"  # of the library, for each batch
-    pool = ThreadPoolExecutor(threads)
     try:
-        for batch in _batches(documents):
-            under_way.append(pool.submit(encode, batch))
-            if len(under_way) == AHEAD * threads:
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        del os.environ[OWN_THREADS]
-        os.environ |= {} if before is None else {OWN_THREADS: before}
+        return tokenizer(texts, add_special_tokens=False, **options)["input_ids"] if texts else []
+    except Exception as error:  # a bare one: [UNK] is needed and missing
+        fix = "repair it, or set model.tokenizer to another folder"
+        raise UserError(f"the tokenizer fails ({str(error)[:200]})", str(tokenizer.name_or_path), fix) from None
 
 
-def default_threads() -> int:
-    """As many as this process may use cores, up to :data:`BUSY`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, BUSY)
-
-
-def _batches(documents: Iterable[_D]) -> Iterator[list[_D]]:
+def batches(documents: Iterable[_D]) -> Iterator[list[_D]]:
+    """Documents in batches that are tokenised together."""
     batch: list[_D] = []
     characters = 0
     for document in documents:

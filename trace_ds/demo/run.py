@@ -24,9 +24,17 @@ from trace_ds.demo.corpora import INSTALL_DEMO, PACKAGES, Regime
 from trace_ds.demo.pretrain import STEPS
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.launch import die_with_parent, parent_of_this
-from trace_ds.run import artefact, ours
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory, locked, unwritable
-from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
+from trace_ds.run.files import (
+    ARTEFACT,
+    DEMO_MODEL,
+    remove_directory,
+    remove_leftovers,
+    replacing_directory,
+    require_directory,
+    write_json,
+)
 from trace_ds.run.foreign import read_object
 from trace_ds.run.log import Progress, StageLog
 from trace_ds.tensors.model_files import model_fingerprint
@@ -134,7 +142,7 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names:
     if todo:
         folder.mkdir(exist_ok=True)
         for name in todo:
-            remove_directory(folder / name, ours.DEMO_MODEL)
+            remove_directory(folder / name, DEMO_MODEL)
         _train(directory, folder, todo, seed)
         for name in todo:
             write_json(folder / f"{name}.json", made_of | {"fingerprint": model_fingerprint(folder / name)})
@@ -142,18 +150,15 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names:
 
 def require_inputs_ours(run_dir: Path) -> None:
     """Refuse corpora and models under ``run_dir`` that no :func:`prepare_inputs` made."""
-    ours.require_directory(run_dir / "corpora", ours.ARTEFACT)
-    ours.require_folders(run_dir / "models")
+    require_directory(run_dir / "corpora", ARTEFACT)
     for name in MODELS:
-        ours.require_directory(run_dir / "models" / name, ours.DEMO_MODEL)
-        ours.require_file(run_dir / "models" / f"{name}.json")
+        require_directory(run_dir / "models" / name, DEMO_MODEL)
 
 
 def remove_input_leftovers(run_dir: Path) -> None:
     """Delete what a killed :func:`prepare_inputs` left; nobody else may be at work there."""
-    remove_leftovers(run_dir, "corpora")
-    names = "|".join(MODELS)
-    remove_leftovers(run_dir / "models", rf"{names}|(?:{names})\.json")
+    remove_leftovers(run_dir)
+    remove_leftovers(run_dir / "models")
 
 
 def _model_is_done(folder: Path, name: str, made_of: dict[str, object]) -> bool:

@@ -1,16 +1,9 @@
 """Routing drift: do the same tokens still go to the same experts after unlearning?
 
 Unlearning can cheat by sending forget text to other experts instead of changing what the experts know; drift shows it.
-Both models read the same rows of a corpus; compared are the top-k sets at every counted position, per MoE layer l:
-
-| metric    | what                                                                    | range     | unchanged |
-|-----------|-------------------------------------------------------------------------|-----------|-----------|
-| overlap_l | mean over tokens of |A ∩ B| / K, A and B the experts before and after    | 0 … 1     | 1         |
-| kl_l      | KL(before ‖ after) between the experts' shares of selections, nats       | 0 … ∞     | 0         |
-
-Two independent uniform choices of K out of E experts overlap by K / E on average (``chance_overlap``). The overlap
-sees every re-routed token, the KL only shifts of the totals. Shares carry half a count per expert so that an unused
-expert gives a finite KL (our decision; the Krichevsky-Trofimov estimate).
+Both models read the same rows of a corpus; compared are the top-k sets at every counted position. The overlap of an MoE
+layer is the mean over tokens of |A ∩ B| / K, A and B the experts before and after: 0 … 1, 1 where nothing has changed.
+Two independent uniform choices of K out of E experts overlap by K / E on average.
 
 Shape legend: T counted tokens, L MoE layers, K = top-k, E experts.
 """
@@ -26,14 +19,12 @@ import torch
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.evaluation.language_model import Advance, LanguageModel
 from trace_ds.evaluation.metrics import DRIFT_ROWS
-from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.device import to_device
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.log import Progress, StageLog
 
 _SIDES = ("forget", "retain")
 _TOKENS_PER_FORWARD = 1 << 14
-PSEUDO_COUNT = 0.5
 
 
 @dataclass(frozen=True)
@@ -44,39 +35,23 @@ class RoutingSample:
     rows: int
 
 
-def compare(before: RoutingSample, after: RoutingSample, experts: int) -> dict[str, Any]:
+def compare(before: RoutingSample, after: RoutingSample) -> dict[str, Any]:
     """Drift between two samples of the same rows, JSON-ready; lists are indexed by MoE layer.
 
     Returns:
-        rows, tokens, overlap [L], kl [L], overlap_mean, kl_mean, and the experts' frequencies (selections per
-        counted token, each layer sums to K) frequency_before and frequency_after [L][E].
+        rows, tokens, overlap [L] and overlap_mean.
     """
-    from scipy.stats import entropy
-
     tokens, layers, top_k = before.indices_TLK.shape
     overlap_L = []
     for layer in range(layers):  # not all at once: tokens × layers × K² can be gigabytes
         before_TK, after_TK = (side.indices_TLK[:, layer] for side in (before, after))
         common_T = (before_TK[:, :, None] == after_TK[:, None, :]).any(2).sum(1)
         overlap_L.append(float(common_T.mean() / top_k))
-    before_LE, after_LE = (
-        [np.bincount(side.indices_TLK[:, layer].reshape(-1), minlength=experts) for layer in range(layers)]
-        for side in (before, after)
-    )
-    kl_L = [
-        max(0.0, float(entropy(before_E + PSEUDO_COUNT, after_E + PSEUDO_COUNT)))
-        for before_E, after_E in zip(before_LE, after_LE, strict=True)
-    ]
     return {
         "rows": before.rows,
         "tokens": tokens,
-        "chance_overlap": top_k / experts,
         "overlap": overlap_L,
-        "kl": kl_L,
         "overlap_mean": float(np.mean(overlap_L)),
-        "kl_mean": float(np.mean(kl_L)),
-        "frequency_before": [[round(float(n) / tokens, 6) for n in counts_E] for counts_E in before_LE],
-        "frequency_after": [[round(float(n) / tokens, 6) for n in counts_E] for counts_E in after_LE],
     }
 
 
@@ -128,10 +103,6 @@ def routing_samples(data: Artefact, model: LanguageModel, log: StageLog) -> dict
     return samples
 
 
-def routing_drift(info: ModelInfo, before: dict[str, RoutingSample], after: dict[str, RoutingSample]) -> dict[str, Any]:
-    """Overlap and KL per layer on both corpora, as in a result."""
-    return {
-        "experts": info.experts,
-        "top_k": info.top_k,
-        **{side: compare(before[side], after[side], info.experts) for side in _SIDES},
-    }
+def routing_drift(before: dict[str, RoutingSample], after: dict[str, RoutingSample]) -> dict[str, Any]:
+    """The overlap by layer on both corpora, as in a result."""
+    return {side: compare(before[side], after[side]) for side in _SIDES}

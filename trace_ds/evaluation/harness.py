@@ -1,15 +1,11 @@
 """WMDP, MMLU and whatever else lm-evaluation-harness knows, through its Python API.
 
     {name: wmdp_bio, type: lm_eval, task: wmdp_bio, role: forget}                            # from the hub
-    {name: wmdp_bio, type: lm_eval, task: wmdp_bio, path: wmdp-bio-test.jsonl, role: forget} # from a file
     {name: mmlu, type: lm_eval, task: mmlu, role: utility, num_fewshot: 5, apply_chat_template: true}
     {name: chem, type: lm_eval, task: my_chem, include_path: my_tasks, role: forget}         # my_tasks/*.yaml
 
 The prompts, the scoring and the numbers (``acc``, ``acc_norm``; zero-shot unless ``num_fewshot`` or the task says
-otherwise) are those of the ``lm_eval`` command. A file (``.jsonl``, ``.json`` or ``.parquet``) holds what the hub's
-data set holds: ``question``, four ``choices`` and the index of the right one as ``answer``; it replaces the test split
-of one task (not of a group: every task has its own prompt), and no solved examples are shown. Without a file the
-harness downloads the data (set HF_HUB_OFFLINE for its cache only).
+otherwise) are those of the ``lm_eval`` command, which downloads the data (set HF_HUB_OFFLINE for its cache only).
 References: Li et al., arXiv 2403.03218 (WMDP); Hendrycks et al., arXiv 2009.03300 (MMLU).
 
 A task is code of others, also where it is only a template: all calls into lm-eval go through :func:`_task_code`, which
@@ -49,7 +45,6 @@ if TYPE_CHECKING:
 _INSTALL = "pip install 'trace-ds[lm-eval]'"
 MAX_TASK_BYTES = 1 << 24
 NAMED_TASKS = 6  # of a group, in a message
-_COMMIT = re.compile(r"[0-9a-f]{40}")  # the folder that `datasets` keeps a data set of the hub in
 FETCH = "`trace-ds fetch CONFIG` where there is a network (gated data: log in first)"
 
 Result = tuple[dict[str, float], list[dict[str, Any]]]  # metrics by name, and one record per item for the log
@@ -67,7 +62,7 @@ def check_task(config: TaskConfig) -> None:
 
     Raises:
         UserError: lm-eval is missing or knows no such task; a file of ``include_path`` is no YAML; the name stands for
-            several tasks and there is one file, or no score of all of them.
+            several tasks that have no common score.
     """
     where, task, include = f"evaluation.tasks {config.name}", str(config.task), config.include_path
     if importlib.util.find_spec("lm_eval") is None:
@@ -85,11 +80,10 @@ def check_task(config: TaskConfig) -> None:
         hint = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
         beside = f", and no file in {include} defines it" if include is not None else ""
         raise UserError(f"lm-eval knows no task {task!r}{beside}", where, hint)
-    kind = index[task].kind.name
-    if kind == "TAG" or (kind == "GROUP" and config.path):
+    if index[task].kind.name == "TAG":
         names = ", ".join(leaves[:NAMED_TASKS]) + (f", … ({len(leaves)} tasks)" if leaves[NAMED_TASKS:] else "")
-        reason = "and one file can hold only one" if kind == "GROUP" else "without a common score"
-        raise UserError(f"{task!r} stands for several tasks of lm-eval, {reason}", where, f"name each one: {names}")
+        problem = f"{task!r} stands for several tasks of lm-eval, without a common score"
+        raise UserError(problem, where, f"name each one: {names}")
 
 
 def check_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -138,8 +132,8 @@ def _task_code(config: TaskConfig) -> Iterator[None]:
         reason = f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
         if isinstance(error, RecursionError):
             reason = "a group of tasks contains itself, or a function never ends"
-        where = _find_place(error, config) or config.path or "the hub"
-        fix = "check the file" if config.path else "correct the task" if config.include_path else FETCH
+        where = _find_place(error, config) or "the hub"
+        fix = "correct the task" if config.include_path else FETCH
         raise UserError(f"lm-eval cannot run the task {config.task} ({reason})", where, fix) from error
     finally:
         logger.setLevel(level)
@@ -203,21 +197,10 @@ def own_tasks_sha256(include: str) -> str:
     return sha256_text(canonical_json([[str(path.relative_to(include)), sha256_file(path)] for path in files]))
 
 
-def task_spec(task: str, path: str) -> str | dict[str, Any]:
-    """A task by name for the harness, its test split read from ``path`` if there is one."""
-    if not path:
-        return task
-    kind = "parquet" if path.endswith(".parquet") else "json"
-    files = {"data_files": {"test": str(Path(path).absolute())}}
-    changed: dict[str, Any] = {"task": task, "dataset_path": kind, "dataset_name": None, "dataset_kwargs": files}
-    changed |= {"num_fewshot": 0, "fewshot_split": "test"}  # a file holds no other split
-    return {"group": "local_files", "task": [changed]}  # a member of a group is the known task with keys changed
-
-
 def _load(config: TaskConfig) -> Any:
     """What lm-eval makes of a name: its ``tasks``, with their data, and ``groups``."""
     task = str(config.task)
-    return _task_manager(task, config.include_path).load([task_spec(task, config.path)])
+    return _task_manager(task, config.include_path).load([task])
 
 
 def evaluate_harness(model: LanguageModel, config: TaskConfig) -> Result:
@@ -401,18 +384,11 @@ def require_data(config: TaskConfig, *, download: bool) -> None:
     rehearse(config)
 
 
-def fetch_task(config: TaskConfig) -> dict[str, str]:
-    """Bring the data of a task, or of a group of tasks, to the cache of ``datasets``; returns {data set: commit}."""
+def fetch_task(config: TaskConfig) -> None:
+    """Bring the data of a task, or of a group of tasks, to the cache of ``datasets``."""
     check_task(config)
-    commits: dict[str, str] = {}
     with _task_code(config):
-        loaded = _load(config)
-    for single in loaded["tasks"].values():
-        for split in single.dataset.values():
-            for file in split.cache_files:
-                if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name):
-                    commits[str(single.DATASET_PATH)] = folder
-    return dict(sorted(commits.items()))
+        _load(config)
 
 
 def _read_results(results: dict[str, Any], task: str) -> Result:

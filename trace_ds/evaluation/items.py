@@ -1,31 +1,28 @@
 """Questions: JSONL, one item a line, checked completely before any model is loaded.
 
 choice:   {"id": "q1", "prompt": "The symbol of gold is", "choices": ["Au", "Ag", "Pb", "Fe"], "answer": 0}
-lm_eval:  {"question": "What is the symbol of gold?", "choices": ["Au", "Ag", "Pb", "Fe"], "answer": 0}
 verbatim: {"id": "p1", "prompt": "It is a truth", "continuation": "universally acknowledged, that …"}
 knowmem:  {"id": "k1", "question": "Who wrote it?", "answer": "Jane Austen"}        (or a list of accepted answers)
 tofu:     {"question": "Who wrote it?", "answer": "Jane Austen did.", "paraphrased_answer": "It is by Jane Austen.",
            "perturbed_answer": ["Charles Dickens did.", "Mary Shelley did."]}       (a paraphrase where there is one)
 
 ``id`` and ``source`` may be left out (the line number, the file's name). The ``answer`` to a choice is its 0-based
-index. Perplexity and membership tasks read documents as corpora do. The rows of a data set by name are read
-likewise, and ``columns`` says what the fields are called there. Every mistake is a :class:`UserError` that names the
-file and the line. No torch here: checking is instant.
+index. Perplexity and membership tasks read documents as corpora do, lm_eval tasks bring their own data. The rows of a
+data set by name are read likewise, and ``columns`` says what the fields are called there. Every mistake is a
+:class:`UserError` that names the file and the line. No torch here: checking is instant.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.read import Document, Record, content_fingerprint, read_documents, records
-from trace_ds.errors import UserError
+from trace_ds.errors import UserError, nearest
 from trace_ds.evaluation.metrics import TASK_METRICS
 from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.terminal import plain
@@ -92,7 +89,7 @@ class MembershipItem:
 class Task:
     """A checked task: its configuration, its items (of the kind that its type has) and the SHA-256 of its files.
 
-    ``examples`` are the solved questions of a knowmem task. An lm_eval task from the hub has no items here.
+    ``examples`` are the solved questions of a knowmem task. An lm_eval task has no items here.
     """
 
     config: TaskConfig
@@ -129,7 +126,7 @@ def read_task(config: TaskConfig) -> Task:
     else:
         from trace_ds.evaluation.harness import check_task, own_tasks_sha256
 
-        items = read_choice_items(config, "question") if config.path else []
+        items = []
         check_task(config)
         if config.include_path is not None:
             own.append(own_tasks_sha256(config.include_path))
@@ -154,7 +151,6 @@ def beginning(text: str) -> str:
 
 def _texts(config: TaskConfig) -> list[Document]:
     """The documents of a task that have any text."""
-    _require_file(config)
     keys = ("path", "dataset", "config", "split")
     named = {key: getattr(config, key) for key in keys} | {"template": f"{{{config.columns.get('text', 'text')}}}"}
     documents = [d for d in read_documents([CorpusEntry.model_validate(named)], KEY) if d.text.strip()]
@@ -163,11 +159,11 @@ def _texts(config: TaskConfig) -> list[Document]:
     return documents
 
 
-def read_choice_items(config: TaskConfig, prompt_key: str = "prompt") -> list[ChoiceItem]:
-    """Items of lines with ``prompt_key``, ``choices`` and ``answer``, the index of the right choice."""
+def read_choice_items(config: TaskConfig) -> list[ChoiceItem]:
+    """Items of lines with ``prompt``, ``choices`` and ``answer``, the index of the right choice."""
     items = []
     for entry in _records(config):
-        prompt, where = _text(entry, prompt_key), entry.where
+        prompt, where = _text(entry, "prompt"), entry.where
         choices, answer = entry.values.get("choices"), entry.values.get("answer")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise UserError("'choices' is missing or not a list of texts", where, f"give {CHOICES} texts")
@@ -227,28 +223,19 @@ READERS: dict[str, Callable[[TaskConfig], list[Any]]] = {  # the others read tex
 
 def _records(config: TaskConfig) -> Iterator[Record]:
     """Every line (or row) that is not blank, its columns under our names; at least one."""
-    _require_file(config)
+    if config.type == "choice" and config.path.endswith(".csv"):
+        raise UserError("a CSV cell holds no list of choices", config.path, "convert the file to JSONL")
     number = 0
     for number, record in enumerate(records(config, KEY), 1):  # noqa: B007
         values = record.values
         for ours, theirs in config.columns.items():
             if theirs not in values:
-                close = difflib.get_close_matches(theirs, values, 1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                fix = f"{hint}it has {', '.join(map(str, values))}: correct columns of the task"
+                fix = f"{nearest(theirs, list(values))}correct columns of the task"
                 raise UserError(f"there is no column {theirs!r}", record.where, fix)
             values = values | {ours: record.values[theirs]}
         yield dataclasses.replace(record, values=values)
     if not number:
         raise UserError("the task file is empty", config.place, "a metric over no items means nothing: add items")
-
-
-def _require_file(config: TaskConfig) -> None:
-    path = Path(config.path)
-    if config.type in ("choice", "lm_eval") and path.suffix == ".csv":
-        raise UserError("a CSV cell holds no list of choices", config.path, "convert the file to JSONL")
-    if config.type == "lm_eval" and (path.is_dir() or path.suffix not in (".jsonl", ".json", ".parquet")):
-        raise UserError("lm-eval reads one .jsonl, .json or .parquet file", config.path, "name one in evaluation.tasks")
 
 
 def _are_texts(values: list[Any]) -> bool:

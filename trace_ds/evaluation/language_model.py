@@ -60,14 +60,10 @@ class TokenScores:
     Attributes:
         log_prob: float32, natural log-probability of the token given all before it.
         is_argmax: bool, whether the token is the model's most probable one there.
-        mean, deviation: float32, mean and standard deviation of the log-probability of a token drawn from the model
-            there (needed by Min-K%++); None unless asked for.
     """
 
     log_prob: np.ndarray
     is_argmax: np.ndarray
-    mean: np.ndarray | None = None
-    deviation: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -211,15 +207,8 @@ class LanguageModel:
             raise UserError(f"the item needs {tokens} tokens and the model reads {limit}", where, "shorten the item")
 
     @torch.no_grad()
-    def score(
-        self,
-        sequences: list[Sequence],
-        advance: Advance | None = None,
-        *,
-        moments: bool = False,
-    ) -> list[TokenScores]:
-        """Score the tokens of every sequence, with ``moments`` their ``mean`` and ``deviation`` too; ``advance`` counts
-        sequences.
+    def score(self, sequences: list[Sequence], advance: Advance | None = None) -> list[TokenScores]:
+        """Score the tokens of every sequence; ``advance`` counts sequences.
 
         Raises:
             Diverged: a log-probability is not finite.
@@ -230,9 +219,9 @@ class LanguageModel:
             [index for row in batch for index in groups[row]]
             for batch in plan_batches(rows, self.settings.batch_rows, self.model.config.vocab_size)
         ]
-        return self.in_order(batches, lambda batch: self._score_batch([sequences[i] for i in batch], moments), advance)
+        return self.in_order(batches, lambda batch: self._score_batch([sequences[i] for i in batch]), advance)
 
-    def _score_batch(self, sequences: list[Sequence], moments: bool) -> list[TokenScores]:
+    def _score_batch(self, sequences: list[Sequence]) -> list[TokenScores]:
         """Of sequences that stand behind the one whose row they share (:func:`sharing`)."""
         rows: list[Sequence] = []
         row_of = []
@@ -266,17 +255,11 @@ class LanguageModel:
         log_normaliser_P = torch.logsumexp(logits_PV, -1)
         log_prob_N = logits_PV[which_N, target_N] - log_normaliser_P[which_N]
         columns = [log_prob_N, (logits_PV.argmax(-1)[which_N] == target_N).float()]
-        if moments:
-            log_prob_PV = logits_PV - log_normaliser_P[:, None]
-            prob_PV = log_prob_PV.exp()
-            mean_P = (prob_PV * log_prob_PV).sum(-1)
-            deviation_P = (prob_PV * (log_prob_PV - mean_P[:, None]) ** 2).sum(-1).sqrt()
-            columns += [mean_P[which_N], deviation_P[which_N]]
-        log_prob, is_argmax, *rest = torch.stack(columns).cpu().numpy()  # the one wait for the device
+        log_prob, is_argmax = torch.stack(columns).cpu().numpy()  # the one wait for the device
         if not np.isfinite(log_prob).all():
             raise Diverged
         cuts = np.cumsum(sizes)[:-1]
-        arrays = [np.split(column, cuts) for column in (log_prob, is_argmax.astype(bool), *rest)]
+        arrays = [np.split(column, cuts) for column in (log_prob, is_argmax.astype(bool))]
         return [TokenScores(*values) for values in zip(*arrays, strict=True)]
 
     @torch.no_grad()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from trace_ds.errors import UserError
+
 ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}  # →: nearest to the reference is best
 DRIFT_ROWS = 256  # of each corpus, whose routing before and after is compared
 CHOICE_CHANCE, ASSUMED_AUC = 0.25, 0.5
-PRIV_LEAK = "priv_leak"
+PRIV_LEAK, MIN_K_AUC = "priv_leak", "auc_min_k"
 FORGET_QUALITY, MODEL_UTILITY = "forget_quality", "model_utility"
 
 
@@ -62,38 +64,40 @@ METRICS = {
         "MUSE's PrivLeak, %: −100 not unlearned, above 0 over-unlearned; 0, the retrained model, is best",
         shows="reference",
     ),
-    **{
-        f"auc_{attack}": Metric(f"{label}; 0 … 1, chance 0.5, best: the retrained's", ASSUMED_AUC, "reference")
-        for attack, label in {
-            "min_k": "Min-40 % attack, AUC of forget against unseen text",
-            "min_k_plus": "Min-40 %++ attack, AUC",
-            "loss": "attack by mean log-probability, AUC",
-            "zlib": "attack by log-probability per compressed byte, AUC",
-        }.items()
-    },
+    MIN_K_AUC: Metric(
+        "Min-40 % attack, AUC of forget against unseen text; 0 … 1, chance 0.5, best: the retrained's",
+        ASSUMED_AUC,
+        "reference",
+    ),
 }
 TASK_METRICS = {
     "choice": ("accuracy", "accuracy_norm", "exact_match", "choice_probability"),
     "verbatim": ("rouge_l", "exact_tokens", "token_probability"),
     "perplexity": ("perplexity",),
     "knowmem": ("rouge_l",),
-    "membership": tuple(name for name, metric in METRICS.items() if metric.shows == "reference"),
+    "membership": (PRIV_LEAK, MIN_K_AUC),
     "tofu": ("probability", "rouge_l_recall", "truth", FORGET_QUALITY, MODEL_UTILITY),
     "lm_eval": ("acc", "acc_norm"),
 }
 ROLE_OF = {FORGET_QUALITY: "forget", MODEL_UTILITY: "utility"}  # metrics of tasks of one role only
-_ATTACKS = {
-    "forced": "after sending the questions through other experts (the highest of the ways tried)",
-    "relearned": "after a few steps of fine-tuning on a share of the forget text",
-}
+OTHER_RANGE = ("perplexity", PRIV_LEAK, "forget_nll", "retain_nll")
 
 
 def meaning(metric: str) -> str | None:
     """One line on a metric of a result; None for one that is not ours."""
-    prefix, _, attacked = metric.partition("_")
-    if prefix in _ATTACKS and attacked in METRICS:
-        return f"{attacked} {_ATTACKS[prefix]}; a model that forgot stays where it was"
+    attacked = metric.removeprefix("relearned_")
+    if attacked != metric and attacked in METRICS:
+        return f"{attacked} after a few steps of fine-tuning on a share of the forget text"
     return METRICS[metric].meaning if metric in METRICS else None
+
+
+def require_level(score: str, level: float, where: str) -> None:
+    """Refuse a level outside the range 0 … 1 of ``score`` ('TASK METRIC …', or one of fixed rows), as 30 for 30 %.
+
+    Perplexities, losses and PrivLeak have another range and pass.
+    """
+    if score.split()[:2][-1] not in OTHER_RANGE and not 0 <= level <= 1:
+        raise UserError(f"{score} is a number from 0 to 1, not {level:g}", where, "give one (30 % is 0.3)")
 
 
 def direction(metric: str, role: str) -> str:

@@ -1,16 +1,10 @@
 """Tasks that are judged against a model retrained without the forget set: membership inference and TOFU.
 
-**Membership inference**: forget texts (members) against texts the model never saw (holdout), cut to the context. An
-attack gives a text a score that is larger for likelier *members*; its AUC is the probability that a member scores above
-a non-member, ties counting half. Best is the AUC of the retrained model (named ``retrained`` or ``gold``; without one
-0.5 is assumed, and the result says so), not 0: an AUC far below that gives the forget set away too.
-
-| attack   | score                                                                                                  |
-|----------|--------------------------------------------------------------------------------------------------------|
-| loss     | mean log-probability (Yeom et al. 2018)                                                                |
-| zlib     | summed log-probability per byte of the zlib-compressed text (Carlini et al. 2021)                      |
-| Min-K%   | mean of the lowest K % of the token log-probabilities (Shi et al. 2024; MUSE takes K = 40)             |
-| Min-K%++ | the same of (log p − μ) / σ, μ and σ of the log-probability of a token drawn there (Zhang et al. 2025) |
+**Membership inference**: forget texts (members) against texts the model never saw (holdout), cut to the context. The
+attack, Min-40 % (Shi et al. 2024, as in MUSE), gives a text the mean of the lowest 40 % of its token log-probabilities,
+which is larger for likelier *members*; its AUC is the probability that a member scores above a non-member, ties
+counting half. Best is the AUC of the retrained model (named ``retrained`` or ``gold``; without one 0.5 is assumed, and
+the result says so), not 0: an AUC far below that gives the forget set away too.
 
 **TOFU**: questions about invented authors; is the true answer likelier than false ones that look like it?
 
@@ -37,7 +31,6 @@ Shape legend: I items, F false answers of an item.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -47,12 +40,10 @@ import numpy as np
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import MembershipItem, TofuItem, beginning
 from trace_ds.evaluation.kinds import Outcome, cut_answer, item_logs
-from trace_ds.evaluation.language_model import Advance, LanguageModel, Sequence, TokenScores
-from trace_ds.evaluation.metrics import ASSUMED_AUC, FORGET_QUALITY, MODEL_UTILITY, PRIV_LEAK
+from trace_ds.evaluation.language_model import Advance, LanguageModel, Sequence
+from trace_ds.evaluation.metrics import ASSUMED_AUC, FORGET_QUALITY, MIN_K_AUC, MODEL_UTILITY, PRIV_LEAK
 
-MEMBERSHIP_ATTACKS = ("min_k", "min_k_plus", "loss", "zlib")
 MIN_K_PERCENT = 40.0
-EPSILON = 1e-6  # a deviation of 0 means a certain token: it says nothing, and must not divide by zero
 UTILITY_PARTS = ("probability", "rouge_l_recall", "truth")
 PROMPT = "Question: {}\nAnswer:"
 
@@ -61,19 +52,6 @@ def lowest_mean(values: np.ndarray) -> float:
     """Mean of the lowest :data:`MIN_K_PERCENT` % of the values, at least one (MUSE: ``max(1, int(n · percent))``)."""
     count = max(1, math.floor(len(values) * MIN_K_PERCENT / 100))
     return float(np.sort(values.astype(np.float64))[:count].mean())
-
-
-def member_scores(scores: TokenScores, text: str) -> dict[str, float]:
-    """The score of each attack for one text; ``scores`` has moments."""
-    assert scores.mean is not None and scores.deviation is not None
-    log_prob = scores.log_prob.astype(np.float64)
-    normalised = (log_prob - scores.mean) / np.maximum(scores.deviation.astype(np.float64), EPSILON)
-    return {
-        "loss": float(log_prob.mean()),
-        "zlib": float(log_prob.sum() / len(zlib.compress(text.encode()))),
-        "min_k": lowest_mean(log_prob),
-        "min_k_plus": lowest_mean(normalised),
-    }
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -99,14 +77,12 @@ def priv_leak(member_auc: float, retrained_auc: float = 0.5) -> float:
 
 @dataclass(frozen=True)
 class MembershipOutcome(Outcome):
-    """Its columns, by attack: scores that are larger for likelier members."""
+    """Its column ``min_k`` is larger for likelier members."""
 
     def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
-        """AUCs over all items."""
-        member_I = np.array([log["member"] for log in self.logs])
-        return {
-            f"auc_{attack}": auc(scores_I[member_I], scores_I[~member_I]) for attack, scores_I in self.columns.items()
-        }
+        """The AUC over all items."""
+        member_I, scores_I = np.array([log["member"] for log in self.logs]), self.columns["min_k"]
+        return {MIN_K_AUC: auc(scores_I[member_I], scores_I[~member_I])}
 
 
 def evaluate_membership(
@@ -120,9 +96,7 @@ def evaluate_membership(
         if len(ids) < 2:
             raise UserError("the text is a single token", f"{where} item {item.id}", "remove it")
         sequences.append(Sequence(tuple(ids), 1))
-    token_scores = model.score(sequences, advance, moments=True)
-    by_item = [member_scores(scores, item.text) for item, scores in zip(items, token_scores, strict=True)]
-    columns = {attack: np.array([scores[attack] for scores in by_item]) for attack in MEMBERSHIP_ATTACKS}
+    columns = {"min_k": np.array([lowest_mean(scores.log_prob) for scores in model.score(sequences, advance)])}
     texts = [beginning(item.text) for item in items]
     return MembershipOutcome(columns, item_logs(items, columns, text=texts, member=[item.member for item in items]))
 
@@ -201,10 +175,10 @@ def with_retrained(result: dict[str, Any], retrained: dict[str, Any] | None) -> 
     parts = [score["value"] for score in utility if score["metric"] in UTILITY_PARTS]
 
     def changes(task: str, metric: str) -> dict[str, Any]:
-        if metric.startswith("auc_"):
+        if metric == MIN_K_AUC:
             return {"reference": theirs.get((task, metric), ASSUMED_AUC)}
         if metric == PRIV_LEAK:
-            auc, reference = mine[task, "auc_min_k"], theirs.get((task, "auc_min_k"))
+            auc, reference = mine[task, MIN_K_AUC], theirs.get((task, MIN_K_AUC))
             used = ASSUMED_AUC if reference is None else reference
             note = "no retrained model was evaluated: its AUC is assumed to be 0.5"
             if retrained is not None and reference is not None:

@@ -27,7 +27,7 @@ from trace_ds.tensors.model_files import model_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EVALUATION_FORMAT = 4  # raise it when a metric or the form of a result changes: old results are then computed anew
+EVALUATION_FORMAT = 5  # raise it when a metric or the form of a result changes: old results are then computed anew
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ def identity(
     tasks: list[Task],
     tokenizer: str,
     drift: dict[str, str] | None,
-    attacks: dict[str, Any] | None,
+    relearning: dict[str, Any] | None,
 ) -> str:
     """SHA-256 over everything that determines the result of one model: the settings, the type of the forward pass, the
-    fingerprint of the run's tokenizer, what a drift is measured against and what attacks need (None: there are none).
+    fingerprint of the run's tokenizer, what a drift is measured against and what relearning needs (None: none).
     """
     fingerprints = task_fingerprints(tasks, settings.max_new_tokens)
     content: dict[str, Any] = {
@@ -109,7 +109,7 @@ def identity(
         ],
         "settings": {"dtype": dtype, **data.model_dump(include={"add_bos", "add_eos", "context_length"})},
         "drift": drift and {**drift, "rows": DRIFT_ROWS},
-        "attacks": attacks,
+        "relearning": relearning,
     }
     return sha256_text(canonical_json(content))
 

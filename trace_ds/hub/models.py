@@ -1,11 +1,10 @@
 """Models by their name on the hub, in the cache of ``huggingface_hub`` (HF_HOME) and brought there by it.
 
-    bring(HubName("allenai/OLMoE-1B-7B-0924"), "model.path")    # the folder, after downloading what it lacks
-    cached(HubName("allenai/OLMoE-1B-7B-0924"))                 # the folder, or None; no network
+    download_model(HubName("allenai/OLMoE-1B-7B-0924"), "model.path")    # the folder, after downloading what it lacks
+    cached_model(HubName("allenai/OLMoE-1B-7B-0924"))                    # the folder, or None; no network
 
 Configuration, tokenizer and the safetensors files of the index are all that is ever downloaded: no pickle, no code. A
-name without a revision is what ``main`` is when the hub can be reached, else what it was when the cache last asked, or
-the commit that was fetched for a run. A model that has moved since is refused before anything of it comes.
+name without a revision is what ``main`` is when the hub can be reached, else what it was when the cache last asked.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from trace_ds.errors import UserError
+from trace_ds.errors import UserError, listed, nearest
 from trace_ds.run.foreign import read_object
-from trace_ds.run.hub_names import HubName
+from trace_ds.run.hub_names import HubName, revisions
 
 CONFIG = "config.json"
 SMALL = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]  # configuration, index, tokenizer
@@ -28,33 +27,29 @@ ASK_TIMEOUT_S = 20
 DOWNLOADS = 8  # files at a time
 
 
-def cached_model(name: HubName, expected: str | None = None) -> Path | None:
+def cached_model(name: HubName) -> Path | None:
     """The folder of the model ``name`` in the cache, without a request to the hub; None when it has none.
 
     Files may be missing in it: whoever reads them says which.
-
-    Args:
-        expected: as in :func:`download_model`.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return _snapshot(name.id, expected or name.revision, [CONFIG], local_files_only=True)
+        return _snapshot(name.id, name.revision, [CONFIG], local_files_only=True)
     except LocalEntryNotFoundError:
         return None
 
 
-def download_model(name: HubName, key: str, *, weights: bool = True, expected: str | None = None) -> Path:
+def download_model(name: HubName, key: str, *, weights: bool = True) -> Path:
     """Download what the cache lacks of the model ``name`` and return its folder there.
 
     Args:
         key: where the configuration names it.
         weights: False: configuration and tokenizer are enough.
-        expected: the commit that ``trace-ds fetch`` recorded; without a network it is taken, whatever came since.
 
     Raises:
         UserError: the hub has no such model or revision, or not for this user; it cannot be reached and the cache
-            lacks files; the revision is another than ``expected``; there are no safetensors.
+            lacks files; there are no safetensors.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: that of httpx
@@ -63,11 +58,9 @@ def download_model(name: HubName, key: str, *, weights: bool = True, expected: s
     try:
         if not constants.HF_HUB_OFFLINE:
             commit, trouble = _commit_on_hub(name)
-        if commit is not None:
-            require_same_commit(name, key, commit, expected)
         # The client asks a hub that does not answer, or not as one, for minutes: then only its cache is looked at.
         local = commit is None
-        folder = _snapshot(name.id, expected or name.revision, SMALL, local_files_only=local)
+        folder = _snapshot(name.id, name.revision, SMALL, local_files_only=local)
         if not weights:
             return folder
         patterns = [*SMALL, *_weight_files(folder)]
@@ -80,7 +73,7 @@ def download_model(name: HubName, key: str, *, weights: bool = True, expected: s
         return folder
     if (folder / INDEX).is_file() or commit is None:
         raise _refusal(LocalEntryNotFoundError("files are missing"), name, key, trouble)
-    raise UserError(f"{name} has no safetensors weights (pickles are never read)", key, "choose another")
+    raise _no_weights(name, key, folder.name)
 
 
 def missing_weights(name: HubName, key: str, folder: Path) -> dict[str, int]:
@@ -101,7 +94,7 @@ def missing_weights(name: HubName, key: str, folder: Path) -> dict[str, int]:
         raise _refusal(error, name, key, "") from None
     sizes = {info.path: getattr(info, "size", 0) for info in infos}
     if not sizes:
-        raise UserError(f"{name} has no safetensors weights (pickles are never read)", key, "choose another")
+        raise _no_weights(name, key, folder.name)
     return sizes
 
 
@@ -126,13 +119,6 @@ def download_weights(name: HubName, commit: str, files: dict[str, int], advance:
 def is_whole(folder: Path) -> bool:
     """Whether every file with weights is there."""
     return all((folder / shard).is_file() for shard in _weight_files(folder))
-
-
-def require_same_commit(name: HubName | str, key: str, commit: str, expected: str | None) -> None:
-    """Refuse another commit than the one that was fetched; None: nothing was."""
-    if expected not in (None, commit):
-        fix = f"stay with {str(name).partition('@')[0]}@{expected}, or take the new one with `trace-ds fetch CONFIG`"
-        raise UserError(f"{name} has moved since it was fetched, from {expected} to {commit}", key, fix)
 
 
 def downloaded_bytes(folder: Path) -> int:
@@ -176,6 +162,16 @@ def _weight_files(folder: Path) -> list[str]:
     return names
 
 
+def _no_weights(name: HubName, key: str, commit: str) -> UserError:
+    from huggingface_hub import HfApi
+
+    files: list[str] = []
+    with contextlib.suppress(Exception):  # only for the message
+        files = HfApi().list_repo_files(name.id, revision=commit)
+    fix = f"it has {listed(files)}: name a revision or a model with safetensors, or a directory of converted weights"
+    return UserError(f"{name} has no safetensors weights (pickles are never read)", key, fix)
+
+
 def _refusal(error: Exception, name: HubName, key: str, trouble: str) -> UserError:
     """What went wrong between the hub and us, as an error of the user's.
 
@@ -194,7 +190,7 @@ def _refusal(error: Exception, name: HubName, key: str, trouble: str) -> UserErr
         problem = f"there is no directory {name}, and the hub has no model {name.id} (or it is private)"
         return UserError(problem, key, f"correct the name; for a private model {log_in}")
     if isinstance(error, RevisionNotFoundError):
-        fix = f"name a branch, a tag or a commit of {page}/tree/main"
+        fix = f"{nearest(name.revision, revisions(name.id, 'model'))}name one of these, or a commit of {page}/commits"
         return UserError(f"{name.id} has no revision {name.revision or 'main'}", key, fix)
     cause = error.__cause__ or error
     status = getattr(getattr(cause, "response", None), "status_code", "")

@@ -38,6 +38,9 @@ def base_ds_config(*, ep: int, info: ModelInfo, zero_stage: int) -> dict[str, An
     }
     if zero_stage == 3:
         ds_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
+        # By default DeepSpeed 0.19 treats the MoE blocks of three families as one module each (for experts that are
+        # modules of their own), and releases their weights too early where nothing below them is trained.
+        ds_config["zero_optimization"]["leaf_module"] = {"classes": []}
     return ds_config | autoep.settings(ep, info.family.autoep_preset)
 
 

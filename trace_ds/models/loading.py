@@ -217,5 +217,4 @@ def _fill(model: nn.Module, files: WeightFiles, dtype: torch.dtype, ep: int, ep_
 def _quiet_transformers() -> None:
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
     logging.disable_progress_bar()

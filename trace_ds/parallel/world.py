@@ -270,7 +270,7 @@ def end_process(status: int) -> NoReturn:
 
 
 def quiet_deepspeed() -> Any:
-    """Import DeepSpeed with its log at errors, and without its shared-memory collective on CPU.
+    """Import DeepSpeed without its warnings on the terminal, and without its shared-memory collective on CPU.
 
     That collective is compiled at first use (25–45 s, and a C++ compiler); gloo does the same sums.
     """

@@ -138,6 +138,7 @@ const styles = new Map();
 
 const FIXED = {
   "gold": { colour: "var(--s5)", dash: "2 3", marker: 3 },
+  "retrained": { colour: "var(--s5)", dash: "2 3", marker: 3 },
   "original": { colour: "var(--s7)", dash: "", marker: 0 },
 };
 
@@ -174,15 +175,15 @@ function marker(x, y, style, size) {
 // What people read instead of a model's label.
 function titleOf(names) { return names.split(", ").map((name) => (DATA.names || {})[name] || name).join(", "); }
 
-function legend(names) {
+function legend(series) {
   const list = el("ul", { class: "legend" });
-  for (const name of names) {
+  for (const { name, label } of series) {
     const style = styleOf(name);
     const key = svg("svg", { viewBox: "0 0 30 12", height: 12, "aria-hidden": "true" });
     key.append(svg("line", { x1: 0, x2: 30, y1: 6, y2: 6, stroke: style.colour, "stroke-width": 2.5, "stroke-dasharray": style.dash }));
     key.append(marker(15, 6, style, 4));
     const item = el("li");
-    item.append(key, titleOf(name));
+    item.append(key, label || titleOf(name));
     list.append(item);
   }
   return list;
@@ -199,8 +200,8 @@ function figure(host, title, note) {
 
 let clips = 0;
 
-// options: title, note, series [{name, points: [[x, y, text]]}], x, y (labels), reverseX, vline/hline {at, text}, zeroY, oneY,
-// domain [[x0, x1], [y0, y1]] (what lies outside is cut), height, endLabels (each line's name at its last point instead of a legend)
+// options: title, note, series [{name, label, points: [[x, y, text, step]]}], x, y (labels), vline/hline {at, text}, oneY, height,
+// domain [[x0, x1], [y0, y1]] (what lies outside is cut); points with a step have it beside them, and arrows between them
 function lineChart(host, options) {
   const node = figure(host, options.title, options.note);
   const series = options.series.filter((entry) => entry.points.length);
@@ -211,7 +212,6 @@ function lineChart(host, options) {
   }).join("; ") + ". Use the left and right arrow keys to read points, up and down to change the line.";
   const drawing = svg("svg", { role: "application", "aria-label": summary, tabindex: 0, "aria-roledescription": "chart" });
   node.append(drawing);
-  if (!options.endLabels && (series.length > 1 || options.alwaysLegend)) node.append(legend(series.map((entry) => entry.name)));
   const all = series.flatMap((entry) => entry.points);
   if (!all.length) return;
   const range = (values, pad) => {
@@ -220,11 +220,12 @@ function lineChart(host, options) {
     return [low - pad * (high - low), high + pad * (high - low)];
   };
   const extraX = options.vline ? [options.vline.at] : [];
-  const extraY = (options.hline ? [options.hline.at] : []).concat(options.zeroY ? [0] : [], options.oneY ? [1] : []);
+  const extraY = (options.hline ? [options.hline.at] : []).concat(options.oneY ? [1] : []);
   const domain = options.domain || [all.map((p) => p[0]).concat(extraX), all.map((p) => p[1]).concat(extraY)];
   const [x0, x1] = range(domain[0], options.padX || 0.02);
   const [y0, y1] = range(domain[1], 0.05);
   const inside = (p) => p[0] >= x0 && p[0] <= x1 && p[1] >= y0 && p[1] <= y1;
+  if (series.length > 1 || options.alwaysLegend) node.append(legend(series.filter((entry) => entry.points.some(inside))));
   const clip = `clip-${clips++}`;
   let placed = [];
   let cursor = null;
@@ -233,14 +234,12 @@ function lineChart(host, options) {
   function draw() {
     const width = Math.max(260, node.clientWidth), height = Math.round(Math.min(options.height || 270, Math.max(210, width * 0.7)));
     const yTicks = ticks(y0, y1, 5);
-    const left = Math.max(44, 14 + 7 * Math.max(...yTicks.map((v) => short(v).length))), top = 10, bottom = 42;
-    let right = 12;
+    const left = Math.max(58, 32 + 7 * Math.max(...yTicks.map((v) => short(v).length))), right = 12, top = 10, bottom = 42;
     drawing.replaceChildren();
     drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
     drawing.setAttribute("height", height);
-    const px = (v) => { const t = (v - x0) / (x1 - x0); return left + (options.reverseX ? 1 - t : t) * (width - left - right); };
+    const px = (v) => left + (v - x0) / (x1 - x0) * (width - left - right);
     const py = (v) => height - bottom - (v - y0) / (y1 - y0) * (height - top - bottom);
-    if (options.endLabels && width > 700) right = Math.max(12, ...series.filter((e) => inside(e.points.at(-1))).map((e) => px(e.points.at(-1)[0]) + 24 + 6.8 * (e.label || e.name).length - width)); // room for the names
     const xTicks = ticks(x0, x1, width / 90).filter((v) => !options.wholeX || Number.isInteger(v));
     for (const v of yTicks) {
       const y = py(v);
@@ -250,7 +249,9 @@ function lineChart(host, options) {
     for (const v of xTicks) {
       drawing.append(svg("text", { x: px(v), y: height - bottom + 17, "text-anchor": "middle" }, short(v)));
     }
-    drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, options.x));
+    const middle = (top + height - bottom) / 2;
+    drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle", class: "axis-x" }, options.x));
+    drawing.append(svg("text", { x: 13, y: middle, "text-anchor": "middle", transform: `rotate(-90 13 ${middle})`, class: "axis-y" }, options.y));
     const guide = (attributes, text, x, y, anchor) => {
       drawing.append(svg("line", Object.assign({ stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": "3 3" }, attributes)));
       drawing.append(svg("text", { x, y, "text-anchor": anchor }, text));
@@ -260,7 +261,7 @@ function lineChart(host, options) {
     drawing.append(room);
     if (options.vline) {
       const x = px(options.vline.at), end = x > width / 2;
-      if (options.reverseX) drawing.append(svg("rect", { x, y: top, width: Math.max(0, width - right - x), height: height - bottom - top, class: "reached" }));
+      drawing.append(svg("rect", { x: left, y: top, width: Math.max(0, x - left), height: height - bottom - top, class: "reached" }));
       guide({ x1: x, x2: x, y1: top, y2: height - bottom }, options.vline.text, x + (end ? -5 : 5), height - bottom - 6, end ? "end" : "start");
     }
     if (options.hline) {
@@ -277,19 +278,25 @@ function lineChart(host, options) {
       const stride = Math.max(1, Math.ceil(entry.points.length / 24));
       placed[line].forEach((p, i) => { if (inside(entry.points[i]) && (i % stride === 0 || i === placed[line].length - 1)) drawing.append(marker(p[0], p[1], style, entry.points.length > 30 ? 2.6 : 4)); });
     });
-    if (options.endLabels) labelEnds(width - 8, height - bottom - 22);
+    labelSteps();
     cursor = svg("circle", { r: 8, fill: "none", stroke: "var(--ink)", "stroke-width": 2, visibility: "hidden" });
     drawing.append(cursor);
   }
-  // Names beside the last points, pushed apart where they would cover each other.
-  function labelEnds(edge, floor) {
-    const labels = series.map((entry, line) => {
-      const [x, y] = placed[line][placed[line].length - 1], text = edge > 500 && entry.label || titleOf(entry.name), last = entry.points[entry.points.length - 1];
-      return { x, y: y + 4, text, name: entry.name, start: x + 12 + 6.8 * text.length < edge, shown: inside(last) };
-    }).filter((label) => label.shown).sort((a, b) => a.y - b.y);
-    labels.forEach((label, i) => { for (const other of labels.slice(0, i)) if (label.y - other.y < 15) label.y = other.y + 15; });
-    for (const label of labels) label.y = Math.min(label.y, floor);
-    for (const label of labels) drawing.append(svg("text", { x: label.x + (label.start ? 9 : -9), y: label.y, "text-anchor": label.start ? "start" : "end", class: "name" }, label.text));
+  // Which way a line goes, and the steps of its points where there is room, of the last ones first.
+  function labelSteps() {
+    const taken = [], points = series.flatMap((entry, line) => entry.points.map((p, i) => [entry, line, p, i]));
+    const last = ([entry, , , i]) => i === entry.points.length - 1;
+    for (const [entry, line, p, i] of points.filter(last).concat(points.filter((point) => !last(point)))) {
+      const [x, y] = placed[line][i], before = placed[line][i - 1];
+      if (p[3] === undefined || !inside(p)) continue;
+      if (before && inside(entry.points[i - 1]) && Math.hypot(x - before[0], y - before[1]) > 26) {
+        const angle = Math.atan2(y - before[1], x - before[0]) * 180 / Math.PI;
+        drawing.append(svg("path", { d: "M-4 -4L4 0L-4 4", transform: `translate(${(x + before[0]) / 2} ${(y + before[1]) / 2}) rotate(${angle})`, fill: "none", stroke: styleOf(entry.name).colour, "stroke-width": 2, class: "way" }));
+      }
+      if (taken.some((other) => Math.abs(other[0] - x) < 26 && Math.abs(other[1] - y) < 13)) continue;
+      taken.push([x, y]);
+      drawing.append(svg("text", { x: x + 6, y: y - 6, class: "step", color: styleOf(entry.name).colour }, String(p[3])));
+    }
   }
   function say(line, point, where) {
     const entry = series[line], p = entry.points[point], place = placed[line][point];

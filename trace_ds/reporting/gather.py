@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ class Evaluation:
     scores: list[Score]
     items: dict[str, list[dict[str, Any]]]
     drift: dict[str, Any] | None = None
-    attacks: dict[str, Any] = field(default_factory=dict)  # as in the file: expert_forcing, relearning
 
     def headline(self, role: str) -> list[Score]:
         """The headline scores of a role, in the file's order."""
@@ -92,6 +91,7 @@ class Arm:
     steps: int | None  # of the newest checkpoint
     checkpoints: dict[int, Evaluation]
     final: Evaluation | None
+    name: str = ""  # the configuration's, for the run's own model where the run has variants
 
     @property
     def is_trace(self) -> bool:
@@ -100,8 +100,8 @@ class Arm:
 
     @property
     def title(self) -> str:
-        """The label as shown, with "(TRACE)" where the weights are the method's."""
-        return f"{self.label} (TRACE)" if self.is_trace else self.label
+        """The name as shown, with "(TRACE)" where the weights are the method's."""
+        return f"{self.name or self.label}{' (TRACE)' if self.is_trace else ''}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,10 @@ class RunData:
     references: dict[str, Evaluation]  # original, gold, ...
     arms: list[Arm]
     job: dict[str, Any]  # world, ep, zero_stage, family, … of the newest checkpoint's manifest
+
+    def title_of(self, label: str) -> str:
+        """How the model with a label is shown."""
+        return next((arm.title for arm in self.arms if arm.label == label), label)
 
     @property
     def calibrations(self) -> dict[str, Calibration]:
@@ -194,6 +198,8 @@ def gather(path: Path) -> RunData:
             "nothing to report: no stage has written anything here", str(path), "run `trace-ds run CONFIG` first"
         )
     name = str(config.get("name") or path.resolve().name)
+    if len(arms) > 1 and name not in {arm.label for arm in arms}:  # "unlearned" are all
+        arms = [replace(arm, name=name) if arm.label == MAIN_ARM else arm for arm in arms]
     some = retain or forget
     layers = next(filter(None, (read_layers(artefacts[side]) for side in _SIDES if side in artefacts)), None)
     return RunData(
@@ -236,7 +242,7 @@ def _evaluations(directory: Path, headline: list[str]) -> dict[str, Evaluation]:
         raw = read_result(path)
         if "scores" in raw:
             scores, items = _scores(raw["scores"], path.stem, headline), raw.get("items") or {}
-            evaluations[path.stem] = Evaluation(path.stem, scores, items, raw.get("drift"), raw.get("attacks") or {})
+            evaluations[path.stem] = Evaluation(path.stem, scores, items, raw.get("drift"))
     return evaluations
 
 

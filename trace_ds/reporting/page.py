@@ -20,7 +20,7 @@ from trace_ds.evaluation.metrics import ARROWS, distinct_scores, meaning
 from trace_ds.reporting import scores
 from trace_ds.reporting.gather import BASE_MODEL, Evaluation, RunData
 from trace_ds.reporting.tables import Table, item_cells
-from trace_ds.reporting.verdict import Verdict, perplexities
+from trace_ds.reporting.verdict import Verdict
 
 _SCRIPTS = ("charts.js", "page.js")
 _EXAMPLES = 3
@@ -45,9 +45,7 @@ def render_page(run: RunData, verdict: Verdict, tables: dict[str, Table]) -> str
     environment.filters |= {
         "number": number,
         "percent": lambda value: "–" if value is None else f"{value:.1%}",
-        "points": lambda value: "–" if value is None else f"{100 * value:.1f}",
         "change": describe_change,
-        "gain": lambda value, low, high: describe_change(100 * value, low and 100 * low, high and 100 * high, 1),
         "tied": lambda text: re.sub(r"\[[^\]]*\]", lambda shown: shown[0].replace(" ", "\u00a0"), text),
         "model": lambda label: ", ".join(names.get(each, each) for each in label.split(", ")),
     }
@@ -66,10 +64,8 @@ def render_page(run: RunData, verdict: Verdict, tables: dict[str, Table]) -> str
         ],
         models=models,
         main=main,
-        perplexity=perplexities(run),
         facts=facts(run),
         score_table=score_table(rows["scores"], run) if "scores" in rows else None,
-        attack_table=attack_table(rows["attacks"]) if "attacks" in rows else None,
         source_rows=source_rows(rows.get("sources", [])),
         warnings=_warnings(run),
         config_text=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=100) if run.config else "",
@@ -95,7 +91,9 @@ def payload(run: RunData, tables: dict[str, Table], names: dict[str, str]) -> di
         "tokens": {"forget": run.forget.tokens if run.forget else 0, "retain": run.retain.tokens if run.retain else 0},
         "target": sum(target.level for target in target_scores) / len(target_scores) if target_scores else None,
         "target_origin": ", ".join(dict.fromkeys(target.origin for target in target_scores)),
-        "gold": {role: scores.mean_score(gold, role) for role in ("forget", "utility")} if gold else None,
+        "gold": {role: scores.mean_score(gold, role) for role in ("forget", "utility")} | {"name": run.gold}
+        if gold
+        else None,
     }
 
 
@@ -180,17 +178,9 @@ def score_table(rows: list[dict[str, Any]], run: RunData) -> dict[str, Any]:
         "models": models,
         "lines": lines,
         "chance": any(row["chance"] is not None for row in heads),
-        "baseline": run.baseline and run.baseline.label,
+        "baseline": run.baseline and run.baseline.title,
         "meanings": [(name, text) for name in names if (text := meaning(name)) is not None],
     }
-
-
-def attack_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """(attack, stage, score) × models."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    values = {(row["attack"], row["stage"], row["score"], row["model"]): row["value"] for row in rows}
-    keys = dict.fromkeys(key[:3] for key in values)
-    return {"models": models, "lines": [(key, [values.get((*key, model)) for model in models]) for key in keys]}
 
 
 def number(value: float | None) -> str:
@@ -204,10 +194,10 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if 0.001 <= abs(value) < 10 or value == 0 else f"{value:.4g}"
 
 
-def describe_change(value: float, low: float | None = None, high: float | None = None, digits: int = 3) -> str:
+def describe_change(value: float, low: float | None = None, high: float | None = None) -> str:
     """A difference with its sign and interval."""
-    band = "" if low is None or high is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{value:+.{digits}f}{band}".replace("-", "−")
+    band = "" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
+    return f"{value:+.3f}{band}".replace("-", "−")
 
 
 def _warnings(run: RunData) -> list[tuple[str, str]]:

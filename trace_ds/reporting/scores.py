@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from trace_ds.evaluation.metrics import ARROWS, FORGET_QUALITY
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
@@ -17,21 +17,10 @@ if TYPE_CHECKING:
 
 # The first scored step at the target; on average from there on; the last step.
 SCORING_MOMENTS = ("first", "after", "end")
-CHANCE_MARGIN = 0.02  # without a gold model: forgotten = at most two points above guessing
+CHANCE_MARGIN = 0.02  # without a gold model: forgotten = at most this above guessing
 _TOLERANCE = 1e-9  # of a score at the target
 NEGLIGIBLE = 0.01  # less above the target is nothing to forget, however sure
 FORGOTTEN_P = 0.05  # TOFU: truth ratios that a test cannot tell from the retrained model's
-
-
-def score_records(run: RunData) -> list[dict[str, Any]]:
-    """``scores.json``: sorted ``{model, task, metric, value, headline}``; a value that is not finite is None."""
-    records = [
-        {"model": name, "task": s.task, "metric": s.metric, "headline": s.headline}
-        | {"value": s.value if math.isfinite(s.value) else None}
-        for name, evaluation in run.evaluations().items()
-        for s in evaluation.scores
-    ]
-    return sorted(records, key=lambda record: (record["model"], record["task"], record["metric"]))
 
 
 def role_scores(evaluation: Evaluation, role: str) -> list[Score]:
@@ -73,7 +62,7 @@ def targets(run: RunData) -> list[Target]:
         elif score.chance is None:
             return []
         else:
-            result.append(Target(score, score.chance + CHANCE_MARGIN, "2 points above guessing"))
+            result.append(Target(score, score.chance + CHANCE_MARGIN, "0.02 above guessing"))
     return result
 
 
@@ -210,7 +199,7 @@ def trajectory(run: RunData, label: str | None) -> Trajectory | None:
 class Standing:
     """An arm at matched forgetting and at the end; by moment of :data:`SCORING_MOMENTS`."""
 
-    label: str
+    title: str
     step: int | None  # the first scored one at the target; None where it was not scored on the way or never met it
     spacing: int  # how many steps before it the one before was scored
     utility: dict[str, float | None]
@@ -226,7 +215,7 @@ def standing(run: RunData, label: str, baseline: str | None) -> Standing | None:
         return None
     sides = {moment: (mine.at(moment), base.at(moment) if base else None) for moment in SCORING_MOMENTS}
     return Standing(
-        label,
+        run.title_of(label),
         None if mine.first is None else mine.steps[mine.first],
         mine.spacing,
         {moment: _utility(models) if models else None for moment, (models, _) in sides.items()},
@@ -280,7 +269,8 @@ def summary_table(run: RunData) -> RichTable:
         table.add_column(Text(name), justify="right")
     if any(score.chance is not None for score in scores):
         rows["chance"] = [score.chance for score in scores]
-    for name, values in rows.items():
+    for label, values in rows.items():
+        name = run.title_of(label)
         style = "dim" if name == "chance" else None
         table.add_row(Text(name), *("–" if value is None else f"{value:.3f}" for value in values), style=style)
     return table

@@ -19,7 +19,6 @@ from trace_ds.run.foreign import named_by, read_bytes, read_object, reading
 
 _Number = float | None
 Count = Annotated[int, Field(ge=0)] | None
-Values = dict[str, _Number]
 Rows = list[dict[str, bool | int | float | str | None]] | None  # of a table
 
 
@@ -52,26 +51,11 @@ class ItemShape(TypedDict, total=False):
 
 class SideShape(TypedDict, total=False):
     overlap: list[_Number]
-    kl: list[_Number]
 
 
 class DriftShape(TypedDict, total=False):
     forget: SideShape | None
     retain: SideShape | None
-
-
-class PointShape(TypedDict, total=False):
-    step: Required[int]
-    scores: Required[Values]
-
-
-class RelearningShape(TypedDict, total=False):
-    curve: list[PointShape] | None
-
-
-class AttacksShape(TypedDict, total=False):
-    expert_forcing: dict[str, Values] | None
-    relearning: RelearningShape | None
 
 
 class ResultShape(TypedDict, total=False):
@@ -82,7 +66,6 @@ class ResultShape(TypedDict, total=False):
     tasks: dict[str, str] | None
     model_fingerprint: str | None
     drift: DriftShape | None
-    attacks: AttacksShape | None
 
 
 class DiagnosisShape(TypedDict, total=False):

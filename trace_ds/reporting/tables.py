@@ -10,14 +10,13 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from trace_ds.reporting.gather import RunData
 from trace_ds.reporting.intervals import Interval, of_difference, of_score
-from trace_ds.reporting.scores import SCORING_MOMENTS, arm_points, excess, mean_score, standing, targets
+from trace_ds.reporting.scores import SCORING_MOMENTS, arm_points, mean_score, standing
 
 MAX_TEXT = 300
 # An item's score is the first of these in its log; of all but nll more means that more is known.
@@ -65,7 +64,6 @@ def all_tables(run: RunData) -> dict[str, Table]:
         "curves": curves(run),
         "matched": matched_forgetting(run),
         "drift": drift(run),
-        "attacks": attacks(run),
         "scores": scores(run),
         "items": items(run),
     }
@@ -137,14 +135,13 @@ def curves(run: RunData) -> Table:
 
     ``forget`` is what remains of the knowledge: of TOFU's forget quality 1 less it.
     """
-    rows, target_scores = [], targets(run)
+    rows = []
     for arm in (arm for arm in run.arms if arm.final is not None or arm.checkpoints):
         for step, evaluation in arm_points(run, arm):
             forget, utility = mean_score(evaluation, "forget"), mean_score(evaluation, "utility")
             if forget is not None or utility is not None:
-                left = excess(evaluation, target_scores)
-                rows.append([arm.label, arm.rule, step, evaluation.model, forget, left, utility])
-    return make(["arm", "rule", "step", "model", "forget", "forget_excess", "utility"], rows)
+                rows.append([arm.label, arm.rule, step, evaluation.model, forget, utility])
+    return make(["arm", "rule", "step", "model", "forget", "utility"], rows)
 
 
 def matched_forgetting(run: RunData) -> Table:
@@ -165,26 +162,13 @@ def matched_forgetting(run: RunData) -> Table:
 
 
 def drift(run: RunData) -> Table:
-    """Routing drift by layer: overlap of the selected experts with the original's, and KL of their shares."""
+    """Routing drift by layer: overlap of the selected experts with the original's."""
     rows = []
     for name, evaluation in run.evaluations().items():
         for corpus in ("forget", "retain"):
             side = (evaluation.drift or {}).get(corpus) or {}
-            by_layer = zip_longest(*(side.get(key) or [] for key in ("overlap", "kl")))
-            rows += [[name, corpus, layer, *values] for layer, values in enumerate(by_layer)]
-    return make(["model", "corpus", "layer", "overlap", "kl"], rows)
-
-
-def attacks(run: RunData) -> Table:
-    """Forget scores under attack: by way of forcing experts, and by step of relearning."""
-    rows: list[list[Any]] = []
-    for name, evaluation in run.evaluations().items():
-        forcing, relearning = (evaluation.attacks.get(key) or {} for key in ("expert_forcing", "relearning"))
-        stages = [("expert forcing", kind, values) for kind, values in forcing.items()]
-        stages += [("relearning", f"step {e['step']}", e["scores"]) for e in relearning.get("curve") or []]
-        for attack, stage, values in stages:
-            rows += [[name, attack, stage.replace("_", " "), metric, value] for metric, value in values.items()]
-    return make(["model", "attack", "stage", "score", "value"], rows)
+            rows += [[name, corpus, layer, value] for layer, value in enumerate(side.get("overlap") or [])]
+    return make(["model", "corpus", "layer", "overlap"], rows)
 
 
 def scores(run: RunData) -> Table:

@@ -2,8 +2,8 @@
 
     verdict(gather(Path("runs/mine"))).sentence
 
-Scores are given in points, 0 to 100. Every number is computed from the artefacts, of models that were scored; a method
-that does not win is said not to.
+Scores are in 0 … 1, as in plots and tables. Every number is computed from the artefacts, of models that were scored; a
+method that does not win is said not to.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def verdict(run: RunData) -> Verdict:
         mine, base = (standing(run, arm.label, baseline.label) for arm in (main, baseline))
         if mine is not None and base is not None and mine.utility["end"] is not None:
             parts.append(_against(mine, base, len(role_scores(_final(run, main.label), "utility"))))
-    words = "TRACE" if main.is_trace else f"{main.label} ({main.rule or 'unknown'} weights)"
+    words = "TRACE" if main.is_trace else f"{main.title} ({main.rule or 'unknown'} weights)"
     words += "".join(part for part, _ in parts)
     if baseline is None or not main.is_trace:
         words += f"; no {'uniform' if main.is_trace else 'TRACE-weighted'} run stands beside it"
@@ -102,8 +102,8 @@ def _forgot(run: RunData, label: str) -> tuple[TaskChange | None, str, Answer]:
         if each.after.metric == FORGET_QUALITY:  # a p-value: as it is
             after, before, level = f"{each.after.value:.3g}", f"{each.before.value:.3g}", "is"
         else:
-            after = f"{100 * each.after.value:.1f}{_band(of_score(each.after))} of 100"
-            before, level = f"{100 * each.before.value:.1f}", f"is at most {100 * each.target.level:.1f},"
+            after = f"{each.after.value:.3f}{_band(of_score(each.after))}"
+            before, level = f"{each.before.value:.3f}", f"is at most {each.target.level:.3f},"
         details.append(f"{_name(each.after)}: {after} after, {before} before; forgotten {level} {each.target.origin}.")
     for score in final.headline("forget"):  # best at a reference: shown, and in no mean
         earlier = original.find(score.task, score.metric)
@@ -121,20 +121,20 @@ def _cost(run: RunData, label: str, baseline: str | None) -> tuple[str, Answer]:
         note = "No utility task was evaluated, so what the forgetting cost is unknown."
         return ", at a cost that was not measured", Answer(question, "Not measured", (note,))
     other = mean_score(_final(run, baseline), "utility") if baseline not in (None, label) else None
-    beside = "" if other is None else f"; {100 * other:.1f} with uniform weights"
+    beside = "" if other is None else f"; {other:.3f} with uniform weights"
     scores = role_scores(final, "utility")
-    shown = f"{100 * after:.1f} of 100 after, {100 * before:.1f} before{beside}"
-    details = [f"{' and '.join(map(_name, scores))}: {shown}; change {_points(change)}."]
+    shown = f"{after:.3f} after, {before:.3f} before{beside}"
+    details = [f"{' and '.join(map(_name, scores))}: {shown}; change {_signed(change)}."]
     if change.value == 0:
-        words, answer = f", and its utility did not change ({100 * after:.1f} points)", "Nothing"
+        words, answer = f", and its utility did not change ({after:.3f})", "Nothing"
     elif change.sign == 0:
-        words = f", with no clear change of utility ({100 * after:.1f} points after, {100 * before:.1f} before)"
+        words = f", with no clear change of utility ({after:.3f} after, {before:.3f} before)"
         answer = "Nothing clear"
     elif change.sign > 0:
-        words, answer = f" and gained {100 * change.value:.1f} points of utility", "Nothing: utility rose"
+        words, answer = f" and gained {change.value:.3f} of utility", "Nothing: utility rose"
     else:
-        words = f" and kept {100 * after:.1f} of {100 * before:.1f} points of utility"
-        answer = f"{100 * (before - after):.1f} points of utility"
+        words = f" and kept a utility of {after:.3f} ({before:.3f} before)"
+        answer = f"{before - after:.3f} of utility"
     return words, Answer(question, answer, (*details, *_fluency(run, label)))
 
 
@@ -143,13 +143,13 @@ def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
     question = "Is TRACE better than uniform weights?"
     after, first, end = (mine.against[moment] for moment in ("after", "first", "end"))
     if after is None or first is None or mine.step is None or base.step is None:
-        late = " and ".join(each.label for each in (mine, base) if each.late)
+        late = " and ".join(each.title for each in (mine, base) if each.late)
         why = f"{late} never met the forgetting target" if late else "nothing was scored on the way"
         details = [f"{why[0].upper()}{why[1:]}, so the two cannot be compared at the same forgetting."]
         words = f"; whether it is better than uniform weights is open, since {why}"
         if end is not None:
             details.append(f"At the end: {_sides(end)}.")
-            words += f" (at the end: {_points(end)} points)"
+            words += f" (at the end: {_signed(end)})"
         return words, Answer(question, "Open", tuple(details))
     short_of = {1: "yes", 0: "not shown", -1: "worse"}
     short = short_of[after.sign]
@@ -162,30 +162,24 @@ def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
     ]
     if len(mine.tasks) < tasks:
         details.append(f"By the tasks that were scored on the way: {', '.join(mine.tasks)}.")
-    words = f"is not clearly different on average once it has forgotten ({_points(after)})"
+    words = f"is not clearly different on average once it has forgotten ({_signed(after)})"
     if after.sign:
         band = after.interval
         ends = Interval(*sorted((abs(band.low), abs(band.high)))) if band else None
-        more = "more" if after.sign > 0 else "fewer"
-        words = f"keeps {100 * abs(after.value):.1f} points {more} on average once it has forgotten{_band(ends)}"
+        more = "more" if after.sign > 0 else "less"
+        words = f"keeps {abs(after.value):.3f} {more} utility on average once it has forgotten{_band(ends)}"
     return f"; against uniform weights it {words}", Answer(question, short[0].upper() + short[1:], tuple(details))
 
 
-def perplexities(run: RunData) -> tuple[str, dict[str, float | None]]:
-    """The first task of text to keep whose perplexity tells whether a model still speaks, and the models' values."""
-    models = run.evaluations()
-    candidates = (score for each in models.values() for score in each.scores if score.role == "utility")
-    task = next((score.task for score in candidates if score.metric == "perplexity"), "")
-    return task.replace("_", " "), {name: each.value(task, "perplexity") for name, each in models.items() if task}
-
-
 def _fluency(run: RunData, label: str) -> list[str]:
-    """A sentence with the perplexity on text to keep, before and after."""
-    task, values = perplexities(run)
-    after, before = values.get(label), values.get("original")
+    """A sentence with the perplexity of the first text to keep, before and after."""
+    original, final = run.references["original"], _final(run, label)
+    task = next((s.task for s in final.scores if (s.role, s.metric) == ("utility", "perplexity")), "")
+    before, after = (model.value(task, "perplexity") for model in (original, final))
     if after is None or before is None:
         return []
-    return [f"Fluency (perplexity of {task}, lower is better): {after:.1f} after, {before:.1f} before."]
+    text = task.replace("_", " ")
+    return [f"Fluency (perplexity of {text}, lower is better): {after:.1f} after, {before:.1f} before."]
 
 
 def _final(run: RunData, label: str | None) -> Evaluation:
@@ -197,14 +191,13 @@ def _name(score: Score) -> str:
 
 
 def _band(band: Interval | None, sign: str = "") -> str:
-    """An interval in points."""
-    return "" if band is None else f" [{100 * band.low:{sign}.1f}, {100 * band.high:{sign}.1f}]"
+    return "" if band is None else f" [{band.low:{sign}.3f}, {band.high:{sign}.3f}]"
 
 
-def _points(gap: Difference) -> str:
-    """A difference in points, with its interval."""
-    return f"{100 * gap.value:+.1f}{_band(gap.interval, '+')}".replace("-", "−")
+def _signed(gap: Difference) -> str:
+    """A difference with its interval."""
+    return f"{gap.value:+.3f}{_band(gap.interval, '+')}".replace("-", "−")
 
 
 def _sides(gap: Difference) -> str:
-    return f"{100 * gap.mine:.1f} against {100 * gap.base:.1f}, {_points(gap)} points"
+    return f"{gap.mine:.3f} against {gap.base:.3f}, {_signed(gap)}"

@@ -5,26 +5,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trace_ds.errors import UserError
-from trace_ds.run import ours
-from trace_ds.run.files import remove_leftovers, write_json, write_text
+from trace_ds.run.files import ARTEFACT, MARKER, MODEL, remove_leftovers, require_directory, write_json, write_text
 
-LOCK_VARIABLE = "TRACE_DS_RUN_LOCK_FD"
 LOCK_RETRY_S = 3.0
 LOCK_NAME = ".lock"
 INPUTS_LOCK_NAME = ".inputs.lock"  # of data and statistics: the jobs of variants share it
 FINETUNE, VARIANTS = "finetune", "variants"
-_SIDES = ("forget", "retain", "alternative")
-_STEP = re.compile(r"step_\d{6,}")
-COMPARISONS = ("study.json", "bench.json", "frontier.csv")  # of `trace-ds bench`
-# What may stand in a directory before it is marked as a run's; SLURM's scripts keep logs there and copy fetched.json.
-UNMARKED = ("stop", "logs", "fetched.json", LOCK_NAME, INPUTS_LOCK_NAME)
+# What may stand in a directory before it is marked as a run's; SLURM's scripts keep logs there.
+UNMARKED = ("stop", "logs", LOCK_NAME, INPUTS_LOCK_NAME)
 
 
 @dataclass(frozen=True)
@@ -34,15 +28,11 @@ class Place:
     Attributes:
         shared: a variant has that of its run.
         marker: of a directory that is replaced as a whole: the file that shows it to be ours.
-        makes: of a folder to which things are added: their names.
-        is_file: of a file, which is replaced.
     """
 
     name: str
     shared: bool = False
     marker: str = ""
-    makes: str = ""
-    is_file: bool = False
 
     def __get__(self, run: RunDirectory, kind: type[RunDirectory]) -> Path:
         return ((self.shared and run.parent) or run.path) / self.name
@@ -60,17 +50,16 @@ class RunDirectory:
     parent: Path | None = None
     config_text: str | None = field(default=None, repr=False, compare=False)
 
-    config = Place("config.yaml", is_file=True)
-    fetched = Place("fetched.json", shared=True, is_file=True)
-    curve = Place("curve.json", is_file=True)
-    data = Place("data", shared=True, marker=ours.ARTEFACT)
-    calibration = Place("calibration", marker=ours.ARTEFACT)
-    model = Place("model", marker=ours.MODEL)
-    report = Place("report", marker=ours.ARTEFACT)
-    statistics = Place("statistics", shared=True, makes="|".join(_SIDES))
-    checkpoints = Place("checkpoints", makes=rf"{_STEP.pattern}|latest|universal")
-    evaluation = Place("evaluation", makes=rf"{_STEP.pattern}|[A-Za-z0-9][A-Za-z0-9._-]*\.json")
-    logs = Place("logs", makes=r"[a-z]+\.jsonl")
+    config = Place("config.yaml")
+    curve = Place("curve.json")
+    data = Place("data", shared=True, marker=ARTEFACT)
+    calibration = Place("calibration", marker=ARTEFACT)
+    model = Place("model", marker=MODEL)
+    report = Place("report", marker=ARTEFACT)
+    statistics = Place("statistics", shared=True)
+    checkpoints = Place("checkpoints")
+    evaluation = Place("evaluation")
+    logs = Place("logs")
     tb = Place("tb")
     variants = Place(VARIANTS)
     finetune = Place(FINETUNE, shared=True)
@@ -108,15 +97,9 @@ class RunDirectory:
                 return cls(path, above[1], config_text)
         return cls(path, None, config_text)
 
-    def create(self, config_text: str) -> None:
-        """Make the directory (or say why not), clear what killed writers left, store the resolved configuration."""
-        self.require_ours()
-        self.clear_leftovers()
-        replace(self, config_text=config_text).store_config()
-
     def is_marked(self) -> bool:
         """Whether this directory is a run's (or a study's) of ours."""
-        return (self.path / ours.MARKER).is_file()
+        return (self.path / MARKER).is_file()
 
     def mark(self) -> bool:
         """Make the directory where it is missing and mark it as a run's (which :meth:`require_ours` has allowed);
@@ -125,7 +108,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             fresh = not self.is_marked()
             if fresh:
-                write_json(self.path / ours.MARKER, {"kind": "run", "version": 1})
+                write_json(self.path / MARKER, {"kind": "run", "version": 1})
         except OSError as error:
             raise unwritable(self.path, error) from None
         return fresh
@@ -141,33 +124,22 @@ class RunDirectory:
         strangers = sorted({path.name for path in self.path.iterdir()}.difference(UNMARKED))
         if strangers and not self.is_marked():
             raise UserError(
-                f"this directory is not a run's: it holds {strangers[0]!r}, and no {ours.MARKER}",
+                f"this directory is not a run's: it holds {strangers[0]!r}, and no {MARKER}",
                 str(self.path),
                 "choose a --run-dir that is new, empty, or an earlier run's",
             )
         for name, place in PLACES.items():
             if place.marker:
-                ours.require_directory(self.path / name, place.marker)
-            elif place.is_file:
-                ours.require_file(self.path / name)
-            else:
-                ours.require_folders(self.path / name)
-        for side in _SIDES if self.parent is None else ():
-            ours.require_directory(self.path / "statistics" / side, ours.ARTEFACT)
-            ours.require_directory(self.path / "statistics" / f"{side}.partial", ours.PARTIAL, ours.ARTEFACT)
-        for finetuned in self.finetuned_here():
-            finetuned.require_ours()
-        for path in self.stop_files:
-            ours.require_file(path)
+                require_directory(self.path / name, place.marker)
 
     def clear_leftovers(self) -> None:
         """Delete what killed writers left in folders of this run; a parent's belong to whoever holds its lock."""
         if not self.is_marked():
             return
         try:
-            for folder, pattern in MADE_IN.items():
+            for folder in ("", "statistics", "checkpoints", "evaluation", "logs"):
                 if folder != "statistics" or self.parent is None:
-                    remove_leftovers(self.path / folder, pattern)
+                    remove_leftovers(self.path / folder)
             for place in self.finetuned_here():
                 place.clear_leftovers()
         except OSError as error:
@@ -186,27 +158,12 @@ class RunDirectory:
 
 
 PLACES = {place.name: place for place in vars(RunDirectory).values() if isinstance(place, Place)}
-# What stages make and killed writers leave halves of, by the folder they make it in ("" is the run directory).
-MADE_IN = {name: place.makes for name, place in PLACES.items() if place.makes}
-_WHOLE = [name for name, place in PLACES.items() if place.marker or place.is_file]
-MADE_IN[""] = "|".join(map(re.escape, [*_WHOLE, *COMPARISONS, ours.MARKER]))
 
 
 def run_path(text: str) -> Path:
     """The run directory that a user names; what no command line, log or file could name again is refused."""
-    shown = text.encode("utf-8", "backslashreplace").decode()
-    if not text.strip():
-        raise UserError("the run directory has no name", "--run-dir", "name one (`--run-dir .` is this directory)")
-    if text.startswith("-"):
-        raise UserError(f"{shown!r} looks like an option", "--run-dir", f"write ./{shown} if that is its name")
-    try:
-        os.path.abspath(text).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"the path is not UTF-8: {shown}", "--run-dir", "choose a directory with another name"
-        ) from None
-    if any(character in text for character in "\0\n\r"):
-        raise UserError(f"the path {text!r} has a line break in it", "--run-dir", "choose another name")
+    if not text.strip() or text.startswith("-") or not text.isprintable():
+        raise UserError(f"{text!r} names no run directory", "--run-dir", "name one (`--run-dir .` is this directory)")
     return Path(text)
 
 
@@ -227,23 +184,15 @@ def locked(run: RunDirectory, *, replaces_inputs: bool = False) -> Iterator[list
     variants, which read their run's, share it, and a job that may replace them (``replaces_inputs``: of the run itself)
     has it alone, so that neither a run nor its variants' calibrations change under a variant that trains.
 
-    A child process that inherits the descriptors (:data:`LOCK_VARIABLE` names them) shares the locks, so they stay held
-    until the last process of the job has gone, and vanish by themselves when all are killed.
+    A child process that inherits the descriptors shares the locks, so they stay held until the last process of the job
+    has gone, and vanish by themselves when all are killed.
 
     Raises:
         UserError: another process uses the run directory, or it cannot be written.
     """
-    numbers, _, path = os.environ.get(LOCK_VARIABLE, "").partition(":")
-    inherited = [int(number) for number in numbers.split(",") if number.isdecimal()]
-    if not any(_is_at(descriptor, Path(path) / LOCK_NAME) for descriptor in inherited):
-        inherited = []  # a variable that was set by hand, or outlived the job that set it
-    if inherited and path == os.path.realpath(run.path):
-        yield inherited
-        return
     locks = [(run.path / LOCK_NAME, fcntl.LOCK_EX)]
     if run.parent is not None:
-        if not inherited or path != os.path.realpath(run.parent):  # else the run that started this job has it alone
-            locks.insert(0, (run.parent / INPUTS_LOCK_NAME, fcntl.LOCK_SH))
+        locks.insert(0, (run.parent / INPUTS_LOCK_NAME, fcntl.LOCK_SH))
     elif replaces_inputs:
         locks.append((run.path / INPUTS_LOCK_NAME, fcntl.LOCK_EX))
     new_folders = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
@@ -256,8 +205,8 @@ def locked(run: RunDirectory, *, replaces_inputs: bool = False) -> Iterator[list
         marked = run.mark()
         yield [descriptor for _, descriptor, _ in acquired]
     except UserError:  # the input was wrong: leave what was there before, which may be nothing at all
-        if marked and {path.name for path in run.path.iterdir()} <= {ours.MARKER, *UNMARKED}:
-            (run.path / ours.MARKER).unlink()
+        if marked and {path.name for path in run.path.iterdir()} <= {MARKER, *UNMARKED}:
+            (run.path / MARKER).unlink()
         for lock, descriptor, fresh in acquired:
             if fresh and _flock(descriptor, lock, fcntl.LOCK_EX):  # nobody shares it
                 lock.unlink(missing_ok=True)
@@ -315,10 +264,5 @@ def _flock(descriptor: int, path: Path, operation: int) -> bool:
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except (OSError, OverflowError):  # no such file, or no such descriptor
+    except OSError:  # no such file
         return False
-
-
-def lock_environment(run: RunDirectory, descriptors: Iterable[int]) -> dict[str, str]:
-    """The environment variable that hands held locks to a child started with ``pass_fds=descriptors``."""
-    return {LOCK_VARIABLE: f"{','.join(map(str, descriptors))}:{os.path.realpath(run.path)}"}

@@ -1,4 +1,9 @@
-"""Atomic files and content hashes: the only place that knows how to write so that a crash leaves no half file."""
+"""Atomic files, content hashes, and which directories are ours.
+
+The only place that knows how to write so that a crash leaves no half file. A stage replaces and deletes what carries a
+marker of ours, and nothing else: a run directory is marked by :data:`MARKER`, what a stage makes in it by the
+description that the stage writes last. What killed writers left is known by its name, in a marked run directory only.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +16,28 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trace_ds.errors import UserError
 from trace_ds.run.foreign import open_regular
-from trace_ds.run.ours import ARTEFACT, leftover, require_directory
 
 if TYPE_CHECKING:
     import numpy as np
 
+MARKER = ".trace_ds.json"  # of a run directory
+ARTEFACT = "artefact.json"
+MANIFEST = "manifest.json"  # of a checkpoint
+MODEL = "conversion.json"  # of a converted model
+DEMO_MODEL = "training.json"
+PARTIAL = "shape.json"  # of statistics that are being collected
+_FIX = "move it away, or choose another --run-dir"
+# NAME.tmp-PID, .NAME.tmp-PID; NAME.tmp-old-PID on its way out, NAME.tmp-replaced-PID until the new NAME is there;
+# NAME.tmp-HOST-PID-8hex of a conversion (twice the ending where a checkpoint is converted to be scored).
+LEFTOVER = re.compile(
+    r"\.?(?P<name>.+?)(?:\.tmp-(?:(?:old-|replaced-)?[1-9]\d{0,9}|[\w.-]+-[1-9]\d{0,9}-[0-9a-f]{8}|spool)){1,2}"
+)
 _HASH_BLOCK_BYTES = 1 << 22
 CLOCK_TICK_S = 0.02  # file times are as coarse as the kernel's timer, 1 to 10 ms
 _T = TypeVar("_T")
@@ -178,6 +194,40 @@ def safetensors_errors(path: Path) -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
+def require_directory(path: Path, *markers: str) -> None:
+    """Refuse a directory that may not be replaced: one that holds something, and none of these marker files."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise UserError("a directory of trace_ds's would take the place of this", str(path), _FIX)
+    if any(path.iterdir()) and not any((path / marker).is_file() for marker in markers):
+        raise UserError(f"trace_ds did not make this (it has no {markers[0]}) and would replace it", str(path), _FIX)
+
+
+def require_apart(outputs: Iterable[Path], inputs: Mapping[str, Path]) -> None:
+    """Refuse to write to, into or around what is read: a model, a tokenizer, a corpus, a task.
+
+    Args:
+        outputs: what will be written.
+        inputs: what the configuration names, by its key.
+    """
+    written = {place for path in outputs for place in _places(path)}
+    for key, path in inputs.items():
+        for place in _places(path):
+            for output in written:
+                if place == output or output in place.parents or place in output.parents:
+                    raise UserError(
+                        f"this command writes to {output}, and {key} is {path}",
+                        key,
+                        "choose a --run-dir (or destination) whose files are apart from what is read",
+                    )
+
+
+def _places(path: Path) -> set[Path]:
+    """Where a path leads, as written and with its links resolved."""
+    return {Path(os.path.abspath(path)), Path(os.path.realpath(path))}
+
+
 @contextlib.contextmanager
 def replacing_directory(path: Path, marker: str = ARTEFACT) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes ``path`` when the block ends without an error.
@@ -241,8 +291,8 @@ def fsync_tree(path: Path) -> None:
         fsync_directory(Path(directory))
 
 
-def remove_leftovers(directory: Path, of: str) -> None:
-    """Delete what a killed writer of ``of`` (a regular expression of names) left in ``directory``.
+def remove_leftovers(directory: Path) -> None:
+    """Delete what killed writers left in ``directory``, which is ours.
 
     When ``X.tmp-replaced-PID`` is there and ``X`` is gone, the kill fell between the two renames of
     :func:`commit_directory`: the old one comes back.
@@ -250,7 +300,7 @@ def remove_leftovers(directory: Path, of: str) -> None:
     if not directory.is_dir():
         return
     for path in sorted(directory.iterdir()):
-        match = leftover(path.name, of)
+        match = LEFTOVER.fullmatch(path.name)
         if match is None:
             continue
         original = path.with_name(match["name"])

@@ -1,4 +1,5 @@
-"""What a model is called on the hub, and what the folders of the hub's cache say; no client library needed."""
+"""What a model is called on the hub, and what the folders of the hub's cache say; no client library needed, but for
+the names of revisions."""
 
 from __future__ import annotations
 
@@ -38,6 +39,17 @@ def snapshot_name(directory: str | Path) -> HubName | None:
     if directory.parent.name != "snapshots" or not cache.startswith("models--"):
         return None
     return HubName(cache.removeprefix("models--").replace("--", "/"), directory.name)
+
+
+def revisions(name: str, kind: str) -> list[str]:
+    """Branches and tags of a ``model`` or ``dataset`` on the hub, for a message; none where it does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(name, repo_type=kind)
+    except Exception:
+        return []
+    return [ref.name for ref in (*refs.branches, *refs.tags)]
 
 
 def provenance(directory: str | Path, key: str = "source") -> dict[str, str]:

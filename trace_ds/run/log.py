@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trace_ds.run.directory import RunDirectory
-from trace_ds.terminal import duration, verbose
+from trace_ds.terminal import duration, library_records, verbose
 
 FIRST_LINE_S, LINE_EVERY_S = 20.0, 300.0  # of a log without a terminal: the time between lines doubles up to the second
-BEGAN = "TRACE_DS_STAGE_BEGAN_S"  # when a stage that is a job of its own began: before its processes were started
 
 
 class StageLog:
@@ -36,11 +34,11 @@ class StageLog:
         self.stage = stage  # with the name of the variant
         self.enabled = path is not None
         self.last: dict[str, float] = {}  # the numbers of the last step
-        began = os.environ.pop(BEGAN, "")
-        self._began_s = float(began) if re.fullmatch(r"\d+\.\d+", began) else time.time()
+        self._began_s = time.time()
         self._path, self._tb, self._begin = path, tb, begin
         self._repeated_from: int | None = None  # the first step that a resumed job does again
         self._file: TextIO | None = None
+        self._early: list[dict[str, str]] = []  # of libraries, before there was something to tell
         self._writer: Any = None
 
     def line(self, text: str) -> None:
@@ -68,8 +66,19 @@ class StageLog:
             self._begin()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
+            early, self._early = self._early, []
+            for values_of_library in early:
+                self.event("library", **values_of_library)
         self._file.write(json.dumps({"event": kind, "time_s": round(time.time(), 3), **values}) + "\n")
         self._file.flush()
+
+    def library(self, name: str, level: str, text: str) -> None:
+        """What a library logs, for the JSONL log; it begins none."""
+        values = {"name": name, "level": level, "text": text}
+        if self._file is None:
+            self._early.append(values)
+        else:
+            self.event("library", **values)
 
     def scalars(self, step: int, **values: float) -> None:
         """Numbers of a step, into the JSONL log and TensorBoard."""
@@ -130,6 +139,18 @@ class StageLog:
             self._file = None
 
 
+class _LibraryHandler(logging.Handler):
+    def __init__(self, log: StageLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._log.library(record.name, record.levelname, record.getMessage())
+        except Exception:  # as every handler: a message must not end what is logged
+            self.handleError(record)
+
+
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
@@ -142,12 +163,13 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stage_log(run: RunDirectory, stage: str, *, enabled: bool = True) -> Iterator[StageLog]:
-    """The log of ``stage``, whose first line stores the run's configuration too; with ``enabled=False`` (other ranks)
-    one that says nothing."""
+    """The log of ``stage``, with what libraries log meanwhile; its first line stores the run's configuration too. With
+    ``enabled=False`` (other ranks) one that says nothing."""
     path = run.logs / f"{stage}.jsonl" if enabled else None
     log = StageLog(_named(stage, run), path, run.tb / stage, run.store_config)
     try:
-        yield log
+        with library_records(_LibraryHandler(log)) if enabled else contextlib.nullcontext():
+            yield log
     finally:
         log.close()
 

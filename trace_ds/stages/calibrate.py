@@ -210,7 +210,7 @@ def refuse_useless(config: Config, calibrated: RuleResult, run: RunDirectory) ->
             f"{calibrated.strength:.3g})",
             str(run.calibration),
             "set calibration.rule: uniform if that is what you want; otherwise give retain text that is routed "
-            "differently in different documents, or another calibration.experts",
+            "differently in different documents" + (", or another calibration.experts" if raking is not None else ""),
         )
 
 

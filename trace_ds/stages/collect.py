@@ -18,9 +18,9 @@ from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.routing.token_files import Recording
-from trace_ds.run import artefact, ours
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import remove_directory, write_json
+from trace_ds.run.files import ARTEFACT, PARTIAL, remove_directory, write_json
 from trace_ds.run.hub_names import provenance
 from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model
 
@@ -283,7 +283,7 @@ def _prepare_directory(path: Path, shape: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         same = False
     if not same:
-        remove_directory(path, ours.PARTIAL, ours.ARTEFACT)
+        remove_directory(path, PARTIAL, ARTEFACT)
         path.mkdir(parents=True)
         write_json(path / SHAPE_NAME, shape)
     return False

@@ -31,7 +31,7 @@ from trace_ds.evaluation.subjects import (
     require_same_tokenizer,
     task_fingerprints,
 )
-from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
+from trace_ds.models.families import check_expert_parallel, inspect_model
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import write_bytes, write_json
@@ -55,13 +55,11 @@ class EvaluateJob:
 
     Attributes:
         place: the run directory.
-        info: of the original model.
         identities: of the results, by model name.
     """
 
     config: Config
     place: RunDirectory
-    info: ModelInfo
     tasks: list[Task]
     subjects: list[Subject]
     identities: dict[str, str]
@@ -123,7 +121,7 @@ def preflight(config: Config, run: RunDirectory, processes: int, *, download: bo
             files_here(task, "evaluation.tasks")
     read_tasks(config.evaluation.tasks)
     for task in config.evaluation.tasks:
-        if task.type == "lm_eval" and not task.path:
+        if task.type == "lm_eval":
             require_data(task, download=download)
     for path in named_models(config.model.path, config.evaluation).values():
         read_model_directory(path)
@@ -146,22 +144,14 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> EvaluateJob:
     data = artefact.load_artefact(run.data, "data", verify=False) if settings.needs_data else None
     if data is not None:
         data.require_same(tokenizer=fingerprint)
-    if settings.expert_forcing:
-        from trace_ds.evaluation.attacks import check_forcing
-
-        check_forcing(info.path)
     subjects = find_subjects(config.model.path, settings, run, unlearned=config.unlearning.keep != 0)
     for subject in subjects:
         require_same_tokenizer(subject.path, reference, tokenizer)
     against = {"original": info.fingerprint} | ({"data": data.content} if data is not None else {})
-    calibrated = settings.expert_forcing and (run.calibration / artefact.FILE_NAME).is_file()
-    calibration = artefact.load_artefact(run.calibration, "calibration", verify=False) if calibrated else None
     attacked = {
         **against,
         "relearning": settings.relearning and settings.relearning.model_dump(mode="json"),
         "seed": config.seed,
-        "expert_forcing": settings.expert_forcing,
-        "calibration": calibration and calibration.content,
     }
     identities = {
         subject.name: identity(
@@ -176,7 +166,7 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> EvaluateJob:
         )
         for subject in subjects
     }
-    return EvaluateJob(config, run, info, tasks, subjects, identities, data)
+    return EvaluateJob(config, run, tasks, subjects, identities, data)
 
 
 def _on_main(world: World | None, work: Callable[[], _T]) -> _T:
@@ -221,9 +211,10 @@ def _take_existing(job: EvaluateJob, log: StageLog) -> None:
 
 def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool:
     """Score the models that have no valid result; returns whether there were any."""
+    from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.evaluation import drift
-    from trace_ds.evaluation.attacks import Attacks, training_settings
     from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
+    from trace_ds.evaluation.relearning import attack, training_settings
 
     config, evaluation = job.config, job.config.evaluation
     scored = _on_main(world, job.scored)
@@ -236,7 +227,6 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
     sharding = Sharding(evaluation.ep, evaluation.zero_stage)
     path = config.model.tokenizer_path
     tokenizer = load_tokenizer(path) if world is None else world.run_on_main_first(lambda: load_tokenizer(path))
-    attacks = Attacks(evaluation, config.data.context_length, config.seed, job.place, job.tasks, job.data)
     attacked = {name for name in missing if name in evaluation.attacked}
     measures_drift = evaluation.drift and UNLEARNED in missing
     original_routing: dict[str, RoutingSample] = {}
@@ -256,9 +246,12 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
                 if name == ORIGINAL:
                     original_routing = routing
                 elif result is not None and original_routing:
-                    result["drift"] = drift.routing_drift(job.info, original_routing, routing)
+                    result["drift"] = drift.routing_drift(original_routing, routing)
             if result is not None and not diverged and name in attacked:
-                attacks.attack(model, result)
+                assert job.data is not None
+                forget = TokenDataset.open(job.data.file("forget.arrow"))
+                length, seed = config.data.context_length, config.seed
+                attack(model, result, evaluation, job.tasks, forget, context_length=length, seed=seed)
         if result is not None:
             _on_main(world, functools.partial(_write, job, name, result, log))
     return True

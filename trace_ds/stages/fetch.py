@@ -1,12 +1,11 @@
 """``trace-ds fetch CONFIG…``: download everything that a configuration names to the local caches, on a login node.
 
-    trace-ds fetch CONFIG --run-dir runs/mine     # models, data sets, and the data of lm-eval's tasks
+    trace-ds fetch CONFIG                         # models, data sets, and the data of lm-eval's tasks
     export HF_HUB_OFFLINE=1                       # from here on no stage needs a network
     trace-ds run CONFIG --run-dir runs/mine
 
-Everything goes to the caches of its own library, below HF_HOME. ``RUN/fetched.json`` records the commits: a model or
-data set whose name stands for another commit later is refused. Running it again brings what is missing, and takes what
-moved.
+Everything goes to the caches of its own library, below HF_HOME. Running it again brings what is missing, and what the
+names without a commit (``ORG/NAME@COMMIT``) have become since.
 
 Every other stage finds the models of its configuration here too (:func:`find_models`): names become directories in this
 module and nowhere else. Data sets are read by their names (:mod:`trace_ds.corpora.sources`).
@@ -15,68 +14,52 @@ module and nowhere else. Data sets are read by their names (:mod:`trace_ds.corpo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
-from trace_ds.run.directory import RunDirectory, locked, unwritable
-from trace_ds.run.files import write_json
-from trace_ds.run.foreign import read_object, typed
 from trace_ds.run.hub_names import HubName, hub_name
 from trace_ds.terminal import size
 
-_KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
 ALL_MODELS = ("run", "fetch", "evaluate")  # the verbs that read evaluation.models too
 
 
-@dataclass(frozen=True)
-class Resource:
-    """Something that a configuration names on the hub.
-
-    Attributes:
-        kind: one of :data:`_KINDS`.
-        key: where the configuration names it.
-        name: as it is named there.
-        entry: of ``RUN/fetched.json``: ``commit``, of a model ``bytes`` too; of a task ``commits`` of its data sets.
-        place: its local directory; None: it is not here.
-    """
-
-    kind: str
-    key: str
-    name: str
-    entry: dict[str, Any]
-    place: Path | None
-
-
-def fetch(config: Config, run: RunDirectory, *, dry_run: bool = False) -> int:
-    """Download everything, record it in the run directory and show it; returns the exit status.
-
-    With ``dry_run`` nothing is asked of the hub or written: the table shows what is here.
+def fetch(config: Config) -> None:
+    """Ask for every permission, download data, then the models, the largest last, and show what is here.
 
     Raises:
-        UserError: something does not exist, is not for this user, or cannot be reached; nothing is recorded then.
+        UserError: something does not exist, is not for this user, or cannot be reached.
     """
-    if dry_run:
-        _show(list(cached_resources(config, run)))
-        return 0
-    with locked(run):
-        run.clear_leftovers()
-        record: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
-        resources = _download(config, *_missing(config))
-        for resource in resources:
-            record[resource.kind].setdefault(resource.name, resource.entry)
-        if record != read_record(run):
-            try:
-                write_json(run.fetched, record)
-            except OSError as error:
-                raise unwritable(run.path, error) from None
-    _show(resources)
-    return 0
+    from huggingface_hub.utils import disable_progress_bars
+    from tqdm import tqdm
+
+    from trace_ds.corpora.sources import open_table
+    from trace_ds.evaluation.harness import fetch_task
+    from trace_ds.hub.models import download_model, download_weights, downloaded_bytes
+
+    missing, weights = _missing(config)
+    lines = []
+    disable_progress_bars()  # of each file; ours is over all of them
+    with tqdm(total=sum(missing.values()), desc="fetch", unit="B", unit_scale=True, disable=None) as bar:
+        for key, entry in _hub_data(config, "fetch").items():
+            commit = open_table(entry, key).commit or ""
+            lines.append(f"{key}: {entry.dataset_id}  {commit[:12]}  {_data_cache()}")
+            bar.update(missing[key])
+        for key, task in _hub_tasks(config).items():
+            fetch_task(task)
+            lines.append(f"{key}: {task.task}  {_data_cache()}")
+            bar.update(missing[key])
+        names = hub_names(config, "fetch")
+        for key, name in sorted(names.items(), key=lambda item: missing[item[0]]):
+            download_weights(name, *weights[key], bar.update)
+            folder = download_model(name, key, weights=_needs_weights(key, "fetch"))
+            lines.append(f"{key}: {name}  {folder.name[:12]}  {size(downloaded_bytes(folder))}  {folder}")
+    nothing = "The configuration names nothing on the hub: there is nothing to fetch."
+    whole = "Everything is here: with HF_HUB_OFFLINE=1 no stage looks for a network."
+    print("\n".join([*lines, whole] if lines else [nothing]))
 
 
 def _missing(config: Config) -> tuple[dict[str, int], dict[str, tuple[str, dict[str, int]]]]:
@@ -96,7 +79,7 @@ def _missing(config: Config) -> tuple[dict[str, int], dict[str, tuple[str, dict[
     missing: dict[str, int] = {}
     for key, entry in _hub_data(config, "fetch").items():
         missing[key] = missing_data_bytes(entry, key)
-    for key, task in _hub_tasks(config, "fetch").items():
+    for key, task in _hub_tasks(config).items():
         check_task(task)
         configs: dict[str, set[str | None]] = {}
         for _, data, of_data in hub_data_of(task):
@@ -116,116 +99,27 @@ def _missing(config: Config) -> tuple[dict[str, int], dict[str, tuple[str, dict[
     return missing, weights
 
 
-def _download(
-    config: Config, missing: dict[str, int], weights: dict[str, tuple[str, dict[str, int]]]
-) -> list[Resource]:
-    """Data first, then models, the largest last; one progress over all of it."""
-    from trace_ds.corpora.sources import open_table
-    from trace_ds.evaluation.harness import fetch_task
-    from trace_ds.hub.models import download_model, download_weights, downloaded_bytes
-
-    resources = []
-    with _progress(sum(missing.values())) as advance:
-        for key, entry in _hub_data(config, "fetch").items():
-            commit = open_table(entry, key).commit
-            resources.append(Resource("data", key, _data_name(entry), {"commit": commit}, _data_cache()))
-            advance(missing[key])
-        for key, task in _hub_tasks(config, "fetch").items():
-            commits = fetch_task(task)
-            resources.append(Resource("tasks", key, str(task.task), {"commits": commits}, _data_cache()))
-            advance(missing[key])
-        names = hub_names(config, "fetch")
-        for key, name in sorted(names.items(), key=lambda item: missing[item[0]]):
-            download_weights(name, *weights[key], advance)
-            folder = download_model(name, key, weights=_needs_weights(key, "fetch"))
-            commit_and_size = {"commit": folder.name, "bytes": downloaded_bytes(folder)}
-            resources.append(Resource("models", key, str(name), commit_and_size, folder))
-    return resources
-
-
-@contextlib.contextmanager
-def _progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar over everything on a terminal, elsewhere a line for each tenth."""
-    from huggingface_hub.utils import disable_progress_bars
-    from tqdm import tqdm
-
-    disable_progress_bars()  # one of each file
-    done_bytes = 0
-    with tqdm(total=total_bytes, desc="fetch", unit="B", unit_scale=True, disable=None) as bar:
-
-        def advance(more_bytes: int) -> None:
-            nonlocal done_bytes
-            tenths = 10 * done_bytes // max(total_bytes, 1)
-            done_bytes += more_bytes
-            bar.update(more_bytes)
-            if bar.disable and 10 * done_bytes // max(total_bytes, 1) > tenths:
-                print(f"[fetch] {done_bytes / total_bytes:.0%} of {size(total_bytes)}", flush=True)
-
-        yield advance
-
-
-def cached_resources(config: Config, run: RunDirectory | None) -> Iterator[Resource]:
-    """The resources that a configuration names, as the local caches have them, without a network.
-
-    Args:
-        run: whose record has the commits that count; None: there is none.
-    """
+def cached_names(config: Config) -> Iterator[tuple[str, str, Path | None]]:
+    """(key, name, its place in the local caches, or None) of the models and data sets that a configuration names,
+    without a network."""
     from trace_ds.corpora.sources import files_here
-    from trace_ds.hub.models import cached_model, downloaded_bytes, is_whole
+    from trace_ds.hub.models import cached_model, is_whole
 
-    record = read_record(run)
     for key, name in hub_names(config, "fetch").items():
-        folder = cached_model(name, record["models"].get(str(name), {}).get("commit"))
-        if folder and _needs_weights(key, "fetch") and not is_whole(folder):
-            folder = None
-        entry = {"commit": folder.name, "bytes": downloaded_bytes(folder)} if folder else {}
-        yield Resource("models", key, str(name), entry, folder)
+        folder = cached_model(name)
+        yield key, str(name), folder if folder and (is_whole(folder) or not _needs_weights(key, "fetch")) else None
     for key, data in _hub_data(config, "fetch").items():
         place = None
         with contextlib.suppress(UserError):
             files_here(data, key)
             place = _data_cache()
-        yield Resource("data", key, _data_name(data), {}, place)
-    for key, task in _hub_tasks(config, "fetch").items():
-        entry = record["tasks"].get(str(task.task), {})
-        commits = entry.get("commits", {}).values()
-        is_here = bool(entry) and all(any(_data_cache().glob(f"*/*/*/{commit}")) for commit in commits)
-        yield Resource("tasks", key, str(task.task), entry, _data_cache() if is_here else None)
+        yield key, data.dataset_id, place
 
 
 def _data_cache() -> Path:
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE)
-
-
-def _show(resources: list[Resource]) -> None:
-    if not resources:
-        print("The configuration names nothing on the hub: there is nothing to fetch.")
-        return
-    for item in resources:
-        commits = [item.entry["commit"]] if "commit" in item.entry else [*item.entry.get("commits", {}).values()]
-        its_size = size(item.entry["bytes"]) if "bytes" in item.entry else ""
-        commit = ", ".join(commit[:12] for commit in commits)
-        print(f"{item.key}: {'  '.join(filter(None, (item.name, commit, its_size, str(item.place or 'not here'))))}")
-    if all(item.place for item in resources):
-        print("Everything is here: with HF_HUB_OFFLINE=1 no stage looks for a network.")
-
-
-def read_record(run: RunDirectory | None) -> dict[str, dict[str, Any]]:
-    """``RUN/fetched.json``, by kind (:data:`_KINDS`) and name; empty before ``trace-ds fetch`` ran."""
-    if run is None or not run.fetched.is_file():
-        return {kind: {} for kind in _KINDS}
-    fix = "delete it, and run `trace-ds fetch CONFIG` again"
-    record = read_object(run.fetched, "the record of what was fetched", fix)
-    try:
-        for entries in typed(record, dict.fromkeys(_KINDS, dict)).values():
-            for name in entries:
-                typed(entries, {name: dict})
-                typed(entries[name], {"commits": dict} if "commits" in entries[name] else {"commit": str})
-    except ValueError as error:
-        raise UserError(f"the record of what was fetched is damaged ({error})", str(run.fetched), fix) from None
-    return record
 
 
 def hub_names(config: Config, verb: str) -> dict[str, HubName]:
@@ -244,37 +138,29 @@ def _needs_weights(key: str, verb: str) -> bool:
 
 def _hub_data(config: Config, verb: str) -> dict[str, CorpusEntry | TaskConfig]:
     """The data sets on the hub that a verb reads, by the key that names them."""
-    from trace_ds.corpora.sources import on_hub
-
     entries: dict[str, CorpusEntry | TaskConfig] = {}
     if verb in ("run", "fetch", "prepare"):
-        for side in config.data.sides:
+        for side in ("forget", "retain"):  # the alternative corpus is a file, or the forget corpus again
             entries |= {f"data.{side}[{number}]": entry for number, entry in enumerate(config.data.corpus(side))}
     if verb in ALL_MODELS:
         entries |= {f"evaluation.tasks.{task.name}": task for task in config.evaluation.tasks}
-    return {key: entry for key, entry in entries.items() if on_hub(entry)}
+    return {key: entry for key, entry in entries.items() if entry.dataset}
 
 
-def _hub_tasks(config: Config, verb: str) -> dict[str, TaskConfig]:
+def _hub_tasks(config: Config) -> dict[str, TaskConfig]:
     """The tasks of lm-eval whose questions come from the hub, by the key that names them."""
-    tasks = [task for task in config.evaluation.tasks if task.type == "lm_eval" and not task.path]
-    return {f"evaluation.tasks.{task.name}": task for task in tasks if verb in ALL_MODELS}
+    tasks = [task for task in config.evaluation.tasks if task.type == "lm_eval"]
+    return {f"evaluation.tasks.{task.name}": task for task in tasks}
 
 
-def _data_name(entry: CorpusEntry | TaskConfig) -> str:
-    """The name of a data set in ``RUN/fetched.json``: its configurations and splits are of one commit."""
-    return str(HubName(entry.dataset_id, entry.revision))
-
-
-def find_models(config: Config, run: RunDirectory | None, verb: str, *, download: bool) -> dict[str, str]:
+def find_models(config: Config, verb: str, *, download: bool) -> dict[str, str]:
     """{name as written: directory} of the models that a verb needs and the hub's cache has.
 
     Args:
-        run: whose record of what was fetched counts; None: no matter which commit it is.
         download: bring what is missing; False: leave it out (the reader of the model then refuses the name).
 
     Raises:
-        UserError: as :func:`trace_ds.hub.models.download_model`, or a name has moved since ``trace-ds fetch``.
+        UserError: as :func:`trace_ds.hub.models.download_model`.
     """
     names = hub_names(config, verb)
     if not names:
@@ -285,22 +171,20 @@ def find_models(config: Config, run: RunDirectory | None, verb: str, *, download
     if download:  # a gated data set is refused before a terabyte of weights comes
         for key, entry in _hub_data(config, verb).items():
             missing_data_bytes(entry, key)
-    record = read_record(run)["models"]
     places: dict[str, str] = {}
     for key, name in names.items():
-        expected = record.get(str(name), {}).get("commit")
         if download:
-            folder: Path | None = download_model(name, key, weights=_needs_weights(key, verb), expected=expected)
+            folder: Path | None = download_model(name, key, weights=_needs_weights(key, verb))
         else:
-            folder = cached_model(name, expected)
+            folder = cached_model(name)
         if folder is not None:
             places[str(name)] = str(folder)
     return places
 
 
 def with_cached(config: Config) -> Config:
-    """``config`` with directories for the models that the hub's cache has, whatever was fetched."""
-    return with_places(config, find_models(config, None, "run", download=False))
+    """``config`` with directories for the models that the hub's cache has."""
+    return with_places(config, find_models(config, "run", download=False))
 
 
 def with_places(config: Config, places: Mapping[str, str]) -> Config:
@@ -315,23 +199,3 @@ def with_places(config: Config, places: Mapping[str, str]) -> Config:
             "evaluation": config.evaluation.model_copy(update={"models": models}),
         }
     )
-
-
-def require_data_unmoved(config: Config, run: RunDirectory, verb: str) -> None:
-    """Refuse a data set (also of a task of lm-eval) that is another commit now than it was when it was fetched."""
-    record = read_record(run)
-    if not record["data"] and not record["tasks"]:
-        return
-    from trace_ds.corpora.sources import commit_of
-    from trace_ds.hub.models import require_same_commit
-
-    expected: list[tuple[str, CorpusEntry | TaskConfig, str]] = []
-    for key, entry in _hub_data(config, verb).items():
-        if _data_name(entry) in record["data"]:
-            expected.append((key, entry, record["data"][_data_name(entry)]["commit"]))
-    for key, task in _hub_tasks(config, verb).items():
-        commits = record["tasks"].get(str(task.task), {}).get("commits", {})
-        expected += [(key, CorpusEntry(dataset=name), commit) for name, commit in commits.items()]
-    for key, entry, fetched_commit in expected:
-        if (commit := commit_of(entry)) is not None:
-            require_same_commit(_data_name(entry), key, commit, fetched_commit)

@@ -17,7 +17,6 @@ import importlib
 import os
 import pickle
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,10 +26,10 @@ from trace_ds.config.load import dump_yaml, load_config, variants_of, with_chang
 from trace_ds.config.schema import Config
 from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
-from trace_ds.run.directory import RunDirectory, lock_environment, locked
-from trace_ds.run.log import BEGAN, already_done
-from trace_ds.run.ours import require_apart
-from trace_ds.stages.fetch import find_models, require_data_unmoved, with_places
+from trace_ds.run.directory import RunDirectory, locked
+from trace_ds.run.files import require_apart
+from trace_ds.run.log import already_done
+from trace_ds.stages.fetch import find_models, with_places
 from trace_ds.stages.inputs import with_sizes_here
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ class Request:
     """A configuration and the run directory it works in.
 
     Attributes:
-        written: the configuration as the user wrote it, which is stored in config.yaml.
+        written: the merged and validated configuration, which is stored in config.yaml; models may be named by the hub.
         places: directories of the models that it names on the hub (:meth:`located`), by their names.
         chosen: names of the variants that `run` does too (:meth:`with_variants`); none by default.
     """
@@ -146,7 +145,7 @@ class Request:
 
         A job under a launcher, a dry run and a look at a run (doctor, plan, submit) never download.
         """
-        return replace(self, places=find_models(self.written, self.run, verb, download=download))
+        return replace(self, places=find_models(self.written, verb, download=download))
 
     def with_variants(self, names: str) -> Request:
         """The request with these variants chosen: ``all``, or names with commas between them; "" chooses none."""
@@ -206,9 +205,9 @@ def _inputs_of(config: Config) -> dict[str, Path]:
     paths: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     for side in config.data.sides:
         for i, entry in enumerate(config.data.corpus(side)):
-            paths |= {f"data.{side}[{i}].{key}": getattr(entry, key) for key in ("path", "dataset")}
+            paths[f"data.{side}[{i}].path"] = entry.path
     for task in config.evaluation.tasks:
-        keys = ("dataset",) if task.dataset else ("path", "examples", "holdout", "include_path")
+        keys = () if task.dataset else ("path", "examples", "holdout", "include_path")
         paths |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
     paths |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
     paths["unlearning.ds_config"] = config.unlearning.ds_config
@@ -224,11 +223,10 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         return _run_as_rank(STAGES[verb], request)
     if not all(stage.report for stage, _ in work):
         request = request.located(verb, download=True)
-    require_data_unmoved(request.written, request.run, verb)
     check_early(verb, request)
     with locked(request.run, replaces_inputs=any(stage.shared for stage, _ in work)) as lock:
         for stage, item in request.work(verb):
-            if status := _run_stage(stage, item, lock, request.run):
+            if status := _run_stage(stage, item, lock):
                 return status
     return 0
 
@@ -280,27 +278,25 @@ def check_early(verb: str, request: Request, world_size: int | None = None, *, d
             stage.module.preflight(seen.config, seen.run, processes, download=download)
 
 
-def _run_stage(stage: Stage, request: Request, lock: Sequence[int], lock_owner: RunDirectory) -> int:
+def _run_stage(stage: Stage, request: Request, lock: Sequence[int]) -> int:
     """Check a stage and do its work, here or in local ranks. Once its input is known to be right, config.yaml becomes
     that of this request."""
-    began_s = time.time()
     request.run.clear_leftovers()
     seen = request.seen_by(stage)
-    config, run = seen.config, replace(seen.run, config_text=request.run.config_text)
+    config, run = seen.config, seen.run
     processes = stage.processes(config)
     job = stage.module.check(config, run, processes)
     if job.done():
         run.store_config()
         already_done(stage.name, run)
         return 0
-    os.environ[BEGAN] = f"{began_s:.3f}"
     if not stage.section or (processes == 1 and not accelerator_count()):
         with _alone(config) if stage.section == "distributed" else contextlib.nullcontext() as world:
             job.run(world)
         run.store_config()
         return 0
     run.store_config()
-    return _launch(job, processes, config, lock, lock_owner)
+    return _launch(job, processes, config, lock)
 
 
 def run_stage(name: str, config: Config, run: RunDirectory, world: World | None = None) -> None:
@@ -358,7 +354,7 @@ def _alone(config: Config) -> Iterator[World]:
         gc.collect()
 
 
-def _launch(job: Job, processes: int, config: Config, lock: Sequence[int], lock_owner: RunDirectory) -> int:
+def _launch(job: Job, processes: int, config: Config, lock: Sequence[int]) -> int:
     """Do a checked job in local ranks. Each reads it from a file in memory that only they inherit."""
     from trace_ds.parallel.launch import run_processes
 
@@ -367,8 +363,8 @@ def _launch(job: Job, processes: int, config: Config, lock: Sequence[int], lock_
     try:
         os.pwrite(file, content, 0)
         os.set_inheritable(file, True)
-        environment = lock_environment(lock_owner, lock) | {JOB_VARIABLE: str(file), BEGAN: os.environ.pop(BEGAN)}
-        return run_processes(["rank"], processes, environment, [*lock, file], config.distributed.threads)
+        variables = {JOB_VARIABLE: str(file)}
+        return run_processes(["rank"], processes, variables, [*lock, file], config.distributed.threads)
     finally:
         os.close(file)
 
@@ -415,11 +411,10 @@ def _run_as_rank(stage: Stage, request: Request) -> int:
 
         def check() -> Job:
             check_early(stage.name, request, world.size, download=False)
-            require_data_unmoved(request.written, request.run, stage.name)
             stack.enter_context(locked(request.run, replaces_inputs=stage.shared))
             request.run.clear_leftovers()
             seen = request.seen_by(stage)
-            return stage.module.check(seen.config, replace(seen.run, config_text=request.run.config_text), world.size)
+            return stage.module.check(seen.config, seen.run, world.size)
 
         _checked_job(world, check).run(world)
         if world.is_main:

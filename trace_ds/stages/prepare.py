@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.data import DataConfig
 from trace_ds.corpora.chat import DocumentEncoder, chat_template
 from trace_ds.corpora.dataset import (
     DOCUMENT_SCHEMA,
@@ -21,23 +19,20 @@ from trace_ds.corpora.dataset import (
     write_rows,
 )
 from trace_ds.corpora.read import (
+    REFUSAL_SENTENCES,
     Document,
     check_files,
     corpus_fingerprint,
     has_answers,
     has_conversations,
     read_documents,
+    with_refusal,
 )
-from trace_ds.corpora.tokenizer import (
-    default_threads,
-    encode_documents,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
+from trace_ds.corpora.tokenizer import batches, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import replacing_directory, sha256_text
+from trace_ds.run.files import canonical_json, replacing_directory, sha256_text
 from trace_ds.run.log import stage_log
 from trace_ds.stages.inputs import check_vocabulary
 
@@ -68,7 +63,12 @@ class PrepareJob:
         run, data = self.place, self.config.data
         tokenizer = load_tokenizer(self.config.model.tokenizer_path)
         with stage_log(run, "prepare") as log, replacing_directory(run.data) as directory:
-            each = {side: _prepare_side(data, side, directory, tokenizer) for side in data.sides}
+            each = {side: _prepare_side(self.config, side, directory, tokenizer) for side in data.sides}
+            if data.has_refusals and (split := each["forget"].documents_split + each["alternative"].documents_split):
+                problem = (
+                    f"{split:,} documents are longer than {data.context_length} tokens, so that rows make no pairs"
+                )
+                raise UserError(problem, "data.alternative: refusals", "raise data.context_length")
             for side, counts in each.items():
                 log.detail(
                     f"{side}: {counts.documents:,} documents, {counts.rows:,} rows, {counts.tokens:,} tokens "
@@ -92,6 +92,8 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> PrepareJob:
         check_files(config.data.corpus(side), f"data.{side}")
     inputs = {"tokenizer": tokenizer_fingerprint(config.model.tokenizer_path)}
     inputs |= {side: corpus_fingerprint(config.data.corpus(side)) for side in config.data.sides}
+    if config.data.has_refusals:
+        inputs["alternative"] = sha256_text(canonical_json([inputs["forget"], REFUSAL_SENTENCES, config.seed]))
     with_conversations = [
         side for side in config.data.sides if has_conversations(config.data.corpus(side), f"data.{side}")
     ]
@@ -102,29 +104,29 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> PrepareJob:
     return PrepareJob(config, run, inputs, settings)
 
 
-def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PackingCounts:
-    entries = data.corpus(side)
+def _prepare_side(config: Config, side: str, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PackingCounts:
+    data = config.data
+    entries, refuses = data.corpus(side), side == "alternative" and data.has_refusals
     bos = [tokenizer.bos_token_id] if data.add_bos and tokenizer.bos_token_id is not None else []
     eos = [tokenizer.eos_token_id] if data.add_eos and tokenizer.eos_token_id is not None else []
     table = ArrowWriter(directory / f"{side}_documents.arrow", DOCUMENT_SCHEMA)
 
     encode = DocumentEncoder(tokenizer, bos, eos)
     masked = has_answers(entries, f"data.{side}")
-    pending: deque[Document] = deque()  # those that the threads have
 
     def documents() -> Iterator[Document]:
-        for document in read_documents(entries, f"data.{side}"):
+        for number, read in enumerate(read_documents(entries, f"data.{side}")):
+            document = with_refusal(read, number, config.seed) if refuses else read
             if document.answers_only and not masked:
                 fix = "give each an entry of its own"
                 raise UserError("conversations among texts, in one entry", document.where, fix)
-            pending.append(document)
             yield document
 
     def tokenised() -> Iterator[Tokens]:
-        for tokens in encode_documents(documents(), encode, default_threads()):
-            document = pending.popleft()
-            table.add(document.source, len(tokens), text_start(document.text))
-            yield tokens
+        for batch in batches(documents()):
+            for document, tokens in zip(batch, encode(batch), strict=True):
+                table.add(document.source, len(tokens), text_start(document.text))
+                yield tokens
 
     counts = PackingCounts()
     try:

@@ -3,18 +3,18 @@
     trace-ds report runs/mine
 
 Reads artefacts only, so it can be run at any time: what is not there yet is shown as not run yet. Writes
-``RUN/report/{index.html, scores.json, model_card.md, *.csv, artefact.json}``, replaced as a whole.
+``RUN/report/{index.html, model_card.md, *.csv, artefact.json}``, replaced as a whole.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trace_ds import __version__
 from trace_ds.conversion.card import LIMITS, model_card, model_name, plain_markdown, table
+from trace_ds.evaluation.metrics import ARROWS
 from trace_ds.reporting.gather import BASE_MODEL, gather
 from trace_ds.reporting.scores import headline_table
 from trace_ds.run import artefact
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from trace_ds.reporting.gather import RunData
     from trace_ds.reporting.verdict import Verdict
 
-_ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
 PAPER = (
     "TRACE (Xie, Lin, Xiong, Zhang, Li; arXiv 2606.10338) is public as an abstract only; the equations used here are "
     "decisions of trace_ds."
@@ -67,7 +66,7 @@ def report(run: RunDirectory) -> Path:
         UserError: the run directory is missing or holds nothing at all, an artefact is damaged, or the report cannot be
             written; an existing report is left as it was.
     """
-    from trace_ds.reporting import page, scores, tables
+    from trace_ds.reporting import page, tables
     from trace_ds.reporting.verdict import verdict
 
     run.require_ours()
@@ -75,7 +74,6 @@ def report(run: RunDirectory) -> Path:
     all_tables, summary = tables.all_tables(data), verdict(data)
     files: dict[str, str] = {
         "index.html": page.render_page(data, summary, all_tables),
-        "scores.json": json.dumps(scores.score_records(data), indent=1, ensure_ascii=False) + "\n",
         "model_card.md": model_card_of(data, summary),
         **{f"{name}.csv": table.to_csv() for name, table in all_tables.items()},
     }
@@ -92,17 +90,18 @@ def model_card_of(run: RunData, verdict: Verdict) -> str:
     """The card of the unlearned model: what was done, how well, and what is not claimed."""
     settings = run.config.get("unlearning") or {}
     loss, steps = (plain_markdown(str(settings.get(key, "not recorded"))) for key in ("forget_loss", "steps"))
-    rules = ", ".join(f"{arm.label}: {arm.rule}" for arm in run.arms if arm.rule) or "not recorded"
+    rules = ", ".join(f"{arm.title}: {arm.rule}" for arm in run.arms if arm.rule) or "not recorded"
     settings_line = f"Forget loss: {loss}; steps: {steps}; retain weights: {plain_markdown(rules)}."
     first_line = f"Unlearned with trace_ds {__version__}. {settings_line}"
     names, values = headline_table(run)
-    first = [[model, *row] for model, row in values.items()]
-    titles = ("model", *(plain_markdown(f"{score.task} {score.metric} {_ARROWS[score.direction]}") for score in names))
+    first = [[run.title_of(model), *row] for model, row in values.items()]
+    titles = ("model", *(plain_markdown(f"{score.task} {score.metric} {ARROWS[score.direction]}") for score in names))
     rows = []
     for name, evaluation in run.evaluations().items():
         for one in evaluation.scores:
             count, chance = ("–" if value is None else value for value in (one.n, one.chance))
-            rows.append([name, one.task, f"{one.metric} {_ARROWS.get(one.direction, '')}", one.value, count, chance])
+            metric = f"{one.metric} {ARROWS[one.direction]}"
+            rows.append([run.title_of(name), one.task, metric, one.value, count, chance])
     head = ("model", "task", "metric", "value", "n", "chance")
     sections = {
         "Headline scores": table(first, titles) if first else ["Not evaluated yet."],

@@ -60,7 +60,6 @@ class Training:
         run: where its checkpoints and logs are.
         identity: of the job; only the same one goes on from a checkpoint.
         calibration: content fingerprint of what it was calibrated with; empty: nothing was.
-        layers: decoder layers that it holds and saves, see :class:`Manifest`.
     """
 
     section: str
@@ -70,7 +69,6 @@ class Training:
     info: ModelInfo
     identity: str
     calibration: str = ""
-    layers: int | None = None
 
     def is_done(self, is_enough: Callable[[Manifest], bool]) -> bool:
         """Whether the newest complete checkpoint is this job's and enough; if so, ``latest`` and the pruning, which a
@@ -96,8 +94,9 @@ class Training:
         settings, checkpoints = self.settings, self.run.checkpoints
         chosen, problems = commit.choose(world, checkpoints, self.identity, settings.resume, self.section)
         if chosen is not None:
-            shape = settings.zero_stage, self.layers
-            world.run_on_main_and_broadcast(lambda: elastic.check_shape(chosen, *shape, checkpoints, self.section))
+            world.run_on_main_and_broadcast(
+                lambda: elastic.check_stage(chosen, settings.zero_stage, checkpoints, self.section)
+            )
         with (
             stage_log(self.run, stage, enabled=world.is_main) as log,
             deterministic(self.config.distributed.deterministic),
@@ -174,7 +173,6 @@ class Training:
             calibration=self.calibration,
             dtype=self.config.model.dtype,
             trainer_state=trainer_state,
-            layers=self.layers,
             versions={
                 "trace_ds": __version__,
                 "deepspeed": deepspeed.__version__,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import Config
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.evaluation.metrics import ROLE_OF, TASK_METRICS
+from trace_ds.evaluation.metrics import ROLE_OF, TASK_METRICS, require_level
 from trace_ds.evaluation.subjects import has_identity, task_fingerprints
 from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.parallel.environment import accelerator_count
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from trace_ds.unlearning.objective import Unlearning
 
 
-CURVE_FORMAT = 3  # raise it when what a step computes changes: the curves of studies are then made anew
+CURVE_VERSION = 3  # increment it when the numerical result of a step changes: curves are then computed anew
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class UnlearnJob:
 
     Attributes:
         place: its run directory.
-        routing: statistics by side, where the routing of fixed rows is compared.
-        statistics: statistics by side, where the frozen model's losses or gates are needed.
+        routing: forget and retain statistics, if a fixed set of rows is scored during training; empty otherwise.
+        statistics: statistics by corpus (forget, alternative), where the frozen model's losses or gates are needed.
         experts: trained experts by decoder layer; None: all.
         anchored: SEUF's MoE layer and its experts.
-        layers: decoder layers that it holds, see :func:`layers_held`.
+        layers: number of leading decoder layers that are loaded; None: the whole model (:func:`layers_held`).
         curve: identity of its curve; empty where it has none.
     """
 
@@ -71,14 +71,14 @@ class UnlearnJob:
     @property
     def training(self) -> Training:
         config, settings = self.config, self.config.unlearning
-        # a job that keeps its curve alone goes on only from checkpoints of that very curve
+        # with `keep: 0` a job resumes only from checkpoints of the same curve
         identity = self.curve if settings.keep == 0 else self.identity
         calibration = self.calibration.content
-        return Training("unlearning", settings, self.place, config, self.info, identity, calibration, self.layers)
+        return Training("unlearning", settings, self.place, config, self.info, identity, calibration)
 
     def done(self) -> bool:
-        """Whether a complete checkpoint of this very job is at its last step, or where its bounds ended it; with
-        ``keep: 0``, whether its curve is there."""
+        """Whether a complete checkpoint of this very job is at its last step, or at one that met
+        ``evaluate.until``. With ``keep: 0``, whether its curve is there (what a killed job left is deleted)."""
         settings = self.config.unlearning
         if settings.keep == 0:
             is_there = has_identity(self.place.curve, self.curve)
@@ -108,31 +108,32 @@ class UnlearnJob:
             return
         settings = self.config.unlearning
         with self.training.log_and_checkpoint(world, "unlearn") as (log, chosen):
-            # the checkpoint of a job that held the whole model goes on so
-            job = self if chosen is None else replace(self, layers=chosen.layers)
-            batches = world.run_on_main_first(lambda: make_unlearn_batches(job))
-            engine, routers = make_engine(job, world, batches)
-            start = job.training.restore(world, engine, chosen, log)
+            batches = world.run_on_main_first(lambda: make_unlearn_batches(self))
+            engine, router_projection = make_engine(self, world, batches)
+            start = self.training.restore(world, engine, chosen, log)
             objective, trainer_state = make_objective(
-                job, world, engine, batches, start.trainer_state, routers, log.line
+                self, world, engine, batches, start.trainer_state, router_projection, log.line
             )
-            _log_job(job, world, log)
+            _log_job(self, world, log)
             evaluator = None
             if settings.evaluate.every is not None:
-                evaluator = world.run_on_main_first(lambda: make_evaluator(job, engine, world, log))
+                evaluator = world.run_on_main_first(lambda: make_evaluator(self, engine, world, log))
             start, failed_after = replace(start, trainer_state=trainer_state), None
             try:
-                train(engine, world, batches, objective, settings, settings.steps, job.place, start, log, evaluator)
+                train(engine, world, batches, objective, settings, settings.steps, self.place, start, log, evaluator)
             except JobFailed as error:
                 if settings.keep or not error.step:
                     raise
-                failed_after = error.step  # where a method fails is what such a job is to find
+                # with `keep: 0` the job measures the curve alone: where it diverges is a result
+                failed_after = error.step
                 log.detail(str(error))
-                log.line(f"the curve ends after step {error.step}: a loss is not finite, or a score is past a guard")
-            if job.curve:
-                world.run_on_main_and_broadcast(lambda: _write_curve(job, trainer_state["curve"], failed_after))
+                log.line(
+                    f"the curve ends after step {error.step}: a loss is not finite, or a score violated evaluate.guards"
+                )
+            if self.curve:
+                world.run_on_main_and_broadcast(lambda: _write_curve(self, trainer_state["curve"], failed_after))
             if settings.keep == 0:
-                world.run_on_main_and_broadcast(lambda: discard_checkpoints(job.place, job.curve))
+                world.run_on_main_and_broadcast(lambda: discard_checkpoints(self.place, self.curve))
             engine.destroy()  # a process may run many jobs
 
 
@@ -149,7 +150,9 @@ def check_unlearning_settings(config: Config, info: ModelInfo) -> dict[str, Any]
     layer = settings.rmu.layer
     if layer is not None and layer >= info.decoder_layers:
         raise UserError(
-            f"layer {layer} of a model with {info.decoder_layers} decoder layers", "unlearning.rmu.layer", "lower it"
+            f"layer {layer} does not exist: the model has {info.decoder_layers} decoder layers, from 0",
+            "unlearning.rmu.layer",
+            "lower it",
         )
     scores = [
         f"{task.name} {metric}"
@@ -162,6 +165,7 @@ def check_unlearning_settings(config: Config, info: ModelInfo) -> dict[str, Any]
             if " " in bound.score and bound.score not in scores:
                 problem = f"{bound.score!r} is not 'TASK METRIC' of a task that is scored while the job trains"
                 raise UserError(problem, f"unlearning.evaluate.{kind}", f"use one of: {', '.join(scores)}")
+            require_level(bound.score, bound.value, f"unlearning.evaluate.{kind}")
     return ds_config_of(settings)
 
 
@@ -182,8 +186,10 @@ def check(config: Config, run: RunDirectory, world_size: int) -> UnlearnJob:
     sides += ["alternative"] if settings.forget_loss == "dpo" else []
     statistics = {side: inputs.statistics(side) for side in sides}
     experts, anchored = _choose_trained(config, info, calibration, statistics.get("forget"))
+    layers = layers_held(settings, info.decoder_layers)
     identity = job_identity(
         model=info.fingerprint,
+        layers=layers,
         data=data.content,
         calibration=calibration.content,
         settings=identifying_settings(settings, settings.steps, "evaluate"),
@@ -194,14 +200,13 @@ def check(config: Config, run: RunDirectory, world_size: int) -> UnlearnJob:
     curve = ""
     if settings.evaluate.every:
         curve = job_identity(
-            format=CURVE_FORMAT,
+            format=CURVE_VERSION,
             job=identity,
             steps=settings.steps,
             evaluate=settings.evaluate.model_dump(mode="json"),
             tasks=task_fingerprints(tasks, config.evaluation.max_new_tokens),
             batch_rows=config.evaluation.batch_rows,
         )
-    layers = layers_held(settings, info.decoder_layers)
     return UnlearnJob(
         config, run, info, data, calibration, routing, statistics, experts, anchored, layers, identity, curve
     )
@@ -249,7 +254,7 @@ def _write_curve(job: UnlearnJob, points: list[dict[str, Any]], failed_after: in
     """Write RUN/curve.json.
 
     Args:
-        failed_after: the step after which a loss was not finite or a score past a guard, if that ended it.
+        failed_after: the step after which a loss was not finite or a score violated a guard, if that ended it.
     """
     made_with = {"device": "gpu" if accelerator_count() else "cpu", "torch": version("torch")}
     curve = {"identity": job.curve, "job": job.identity, "made_with": made_with}
@@ -279,12 +284,11 @@ def _log_job(job: UnlearnJob, world: World, log: StageLog) -> None:
     last = settings.last_layer(layers)
     if job.layers is not None:
         log.detail(
-            f"the losses end at layer {last}: {job.layers} of {layers} decoder layers are held and saved, without norm "
-            "and LM head; convert takes the rest from the base model"
+            f"the losses end at layer {last}: {job.layers} of {layers} decoder layers are loaded, "
+            "without norm and LM head"
         )
     elif last is not None:
-        reason = "unlearning.evaluate needs it" if settings.evaluate.every else "so does the checkpoint to go on from"
-        log.detail(f"the losses end at layer {last}, but the job holds the whole model: {reason}")
+        log.detail(f"the losses end at layer {last}, but unlearning.evaluate needs the whole model")
 
 
 def make_engine(job: UnlearnJob, world: World, batches: Batches) -> tuple[Any, Projection | None]:
@@ -312,7 +316,7 @@ def make_objective(
     engine: Any,
     batches: Batches,
     trainer_state: dict[str, Any],
-    routers: Projection | None,
+    router_projection: Projection | None,
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[Unlearning, dict[str, Any]]:
     """The objective, where a checkpoint's ``trainer_state`` left it, and that state with the job's constants."""
@@ -323,9 +327,9 @@ def make_objective(
     forget_retain, trainer_state = make_forget_retain(
         settings, job.info, world, batches, trainer_state, job.anchored, **shape, log=log
     )
-    if routers is not None:
-        routers.begin(engine)
-    return Unlearning(settings, forget_retain, trainer_state, routers), trainer_state
+    if router_projection is not None:
+        router_projection.begin(engine)
+    return Unlearning(settings, forget_retain, trainer_state, router_projection), trainer_state
 
 
 def make_unlearn_batches(job: UnlearnJob) -> Batches:

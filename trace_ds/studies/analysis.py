@@ -1,10 +1,9 @@
 """What the curves of a study show: every method against the baseline at matched forgetting; pure functions.
 
 Stopping earlier always looks better on utility, so methods are compared from where each has forgotten enough: the first
-scored step at which the forget score is at most the target. Each run has three numbers: ``cross``, the utility where
-the line to that step from the one before meets the target, ``post``, the mean utility from that step to the last (less
-noisy, so strengths are chosen by it), and ``end``, the utility after the last step. A run that never gets there, or
-diverges, is not compared; nor is a seed whose original model is at the target already: there is nothing to forget.
+scored step at which the forget score is at most the target. Each run has two numbers: ``post``, the mean utility from
+that step to the last (strengths are chosen by it), and ``end``, the utility after the last step. A run that never gets
+there, or diverges, is not compared; nor is a seed whose original model is at the target: there is nothing to forget.
 
 **Tuning without peeking** (our decision): the seeds are dealt to two folds in turn. For each fold the strength of a
 method is the one with the best mean ``post`` over the *other* fold's seeds, among those that reached the target on
@@ -21,6 +20,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,29 +36,16 @@ _TOLERANCE = 1e-9  # of a score at the target
 
 
 @dataclass(frozen=True)
-class Reached:
-    """Where forget scores first meet the target: ``index`` of the scored step, and ``share`` of the way to it from the
-    step before at which the straight line between the two does (1: there is none before)."""
-
-    index: int
-    share: float
-
-
-@dataclass(frozen=True)
 class Matched:
     """One run at matched forgetting.
 
     Attributes:
-        step: first scored step at the target; None (as the next three) when it was never reached.
-        spacing: steps since the scored step before it (0: there is none).
-        at_crossing: utility where the line between the two meets the target.
-        post: mean utility from ``step`` to the last scored step.
+        step: first scored step at the target; None when it was never reached.
+        post: mean utility from ``step`` to the last scored step; None as ``step``.
         end: utility at the last scored step.
     """
 
     step: int | None
-    spacing: int | None
-    at_crossing: float | None
     post: float | None
     end: float
 
@@ -66,14 +53,9 @@ class Matched:
 Measure = Callable[[list[int], list[float], list[float]], Matched]  # of steps, forget scores and utilities
 
 
-def reached(forget_S: Sequence[float], target: float) -> Reached | None:
-    """Where the forget scores first are at the target; None where they never are. NaN never is."""
-    index = next((number for number, score in enumerate(forget_S) if score <= target + _TOLERANCE), None)
-    if index is None:
-        return None
-    before = forget_S[index - 1] if index else math.nan
-    share = (before - target) / (before - forget_S[index]) if math.isfinite(before) else 1.0
-    return Reached(index, min(share, 1.0))
+def reached(forget_S: Sequence[float], target: float) -> int | None:
+    """The index of the first forget score at the target; None where none is. NaN never is."""
+    return next((index for index, score in enumerate(forget_S) if score <= target + _TOLERANCE), None)
 
 
 def matched(steps_S: Sequence[int], forget_S: Sequence[float], utility_S: Sequence[float], target: float) -> Matched:
@@ -82,16 +64,11 @@ def matched(steps_S: Sequence[int], forget_S: Sequence[float], utility_S: Sequen
         raise ValueError(f"{len(steps_S)} steps, {len(forget_S)} forget scores, {len(utility_S)} utilities")
     if any(later <= earlier for earlier, later in pairwise(steps_S)):
         raise ValueError(f"the steps do not increase: {list(steps_S)}")
-    end = float(utility_S[-1])
     first = reached(forget_S, target)
     if first is None:
-        return Matched(None, None, None, None, end)
-    tail = [float(value) for value in utility_S[first.index :]]
-    step, spacing, crossing = int(steps_S[first.index]), 0, tail[0]
-    if first.index:
-        spacing, before = step - int(steps_S[first.index - 1]), float(utility_S[first.index - 1])
-        crossing = before + first.share * (tail[0] - before) if first.share < 1 else tail[0]
-    return Matched(step, spacing, crossing, math.fsum(tail) / len(tail), end)
+        return Matched(None, None, float(utility_S[-1]))
+    tail = [float(value) for value in utility_S[first:]]
+    return Matched(int(steps_S[first]), math.fsum(tail) / len(tail), tail[-1])
 
 
 @dataclass(frozen=True)
@@ -99,7 +76,6 @@ class Curve:
     """The scores of one run by step, ``scores`` [S] by metric (NaN where there is none); ``strength`` is its label."""
 
     seed: int
-    loss: str
     method: str
     strength: str
     steps: list[int]
@@ -111,7 +87,7 @@ class Curve:
         return _settings_of(self.strength)
 
     def __str__(self) -> str:
-        return f"seed {self.seed}, {self.loss}, {self.method}, {self.strength}"
+        return f"seed {self.seed}, {self.method}, {self.strength}"
 
 
 def _settings_of(strength: str) -> dict[str, str]:
@@ -171,35 +147,53 @@ class Comparison:
         """Seeds whose original model is at the target."""
         return sorted({curve.seed for curve in self.curves if self.step(curve) == 0})
 
+    def summary(self) -> dict[str, Any]:
+        """The comparisons and what stands beside them in study.json, as far as the curves tell it."""
+        never = [curve for curve in self.curves if self.step(curve) is None and not curve.diverged]
+        return {
+            "recipe": self.config.name,
+            "seeds": self.seeds,
+            "baseline": self.bench.baseline,
+            "forget": self.bench.forget,
+            "nothing_to_forget": self.nothing_to_forget,
+            "diverged": [str(curve) for curve in self.curves if curve.diverged],
+            "never_reached": [str(curve) for curve in never],
+            "comparisons": self.rows(),
+        }
+
     def rows(self) -> list[dict[str, Any]]:
-        """Every comparison, JSON-ready: by loss, strength, method, metric and moment."""
+        """Every comparison, JSON-ready: by strength, method, metric and moment; ``tuned``: method and baseline
+        both are, where the strength is their own."""
         return [
-            {"loss": loss, "strength": kind, "method": method, "metric": metric, "at": at}
+            {"strength": kind, "method": method, "metric": metric, "at": at, "tuned": tuned}
             | self.compare(chosen[method], chosen[self.bench.baseline], metric, at)
-            for loss in dict.fromkeys(curve.loss for curve in self.curves)
-            for kind, chosen in self.choices(loss)
+            for kind, chosen in self.choices()
             for method in chosen
+            for tuned in [kind == SAME or self._varies(kind.split()[-1], method, self.bench.baseline)]
             for metric in self.metrics
-            for at in ("post", "cross", "end")
+            for at in ("post", "end")
         ]
 
-    def choices(self, loss: str) -> Iterator[tuple[str, dict[str, dict[int, Curve | None]]]]:
+    def choices(self) -> Iterator[tuple[str, dict[str, dict[int, Curve | None]]]]:
         """(what is tuned, method -> its curve for each seed): nothing, then the first key of the grid, then the first
         two, … as far as some method has several values of the last key."""
-        curves = [curve for curve in self.curves if curve.loss == loss]
-        methods = dict.fromkeys([*self.bench.methods, *(curve.method for curve in curves)])
-        of_method = {method: [curve for curve in curves if curve.method == method] for method in methods}
+        methods = dict.fromkeys([*self.bench.methods, *(curve.method for curve in self.curves)])
+        of_method = {method: [curve for curve in self.curves if curve.method == method] for method in methods}
         of_method = {method: mine for method, mine in of_method.items() if mine}
-        own = {method: _settings_of(recipe_trial(self.config, loss, method).label) for method in of_method}
+        own = {method: _settings_of(recipe_trial(self.config, method).label) for method in of_method}
         keys = [key.rsplit(".", 1)[-1] for key in self.bench.grid]
         for count in range(len(keys) + 1):
             free = keys[:count]
-            if not free or any(len({c.settings.get(free[-1]) for c in mine}) > 1 for mine in of_method.values()):
+            if not free or any(self._varies(free[-1], method) for method in of_method):
                 fixed = {method: {k: v for k, v in own[method].items() if k not in free} for method in of_method}
                 yield (
                     f"own {', '.join(free)}" if free else SAME,
                     {method: self.tuned(mine, fixed[method], bool(free)) for method, mine in of_method.items()},
                 )
+
+    def _varies(self, key: str, *methods: str) -> bool:
+        """Whether each of the methods was run at several values of a key of the grid."""
+        return all(len({c.settings.get(key) for c in self.curves if c.method == method}) > 1 for method in methods)
 
     def tuned(self, curves: Sequence[Curve], fixed: Mapping[str, str], tune: bool) -> dict[int, Curve | None]:
         """For each seed the curve at the strength chosen on the other fold, among those with the ``fixed`` settings;
@@ -228,20 +222,18 @@ class Comparison:
     def compare(
         self, chosen: Mapping[int, Curve | None], baseline: Mapping[int, Curve | None], metric: str, at: str
     ) -> dict[str, Any]:
-        """One method against the baseline, paired by seed; ``at`` is post, cross or end."""
-        field = {"post": "post", "cross": "at_crossing", "end": "end"}[at]
+        """One method against the baseline, paired by seed; ``at`` is post or end."""
 
         def read(curve: Curve | None) -> tuple[int, float, float] | None:
-            """Step at the target, utility, forget score at the end."""
+            """Step at the target, utility, forget score at the end; None where one of the first two is missing."""
             match = self.matched(curve, metric)
-            if curve is None or match is None or match.step is None:
+            value = None if match is None else getattr(match, at)
+            if curve is None or match is None or match.step is None or value is None or not math.isfinite(value):
                 return None
-            value = getattr(match, field)
-            return match.step, math.nan if value is None else value, curve.scores[self.bench.forget][-1]
+            return match.step, value, curve.scores[self.bench.forget][-1]
 
         both = {seed: (read(curve), read(baseline.get(seed))) for seed, curve in chosen.items()}
-        compared = {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
-        pairs = {seed: (a, b) for seed, (a, b) in compared.items() if math.isfinite(a[1]) and math.isfinite(b[1])}
+        pairs = {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
         mine, theirs = ([sides[side][1] for sides in pairs.values()] for side in (0, 1))
         differences = [x - y for x, y in zip(mine, theirs, strict=True)]
         mean, mean_base, difference = (math.fsum(v) / len(v) if v else None for v in (mine, theirs, differences))
@@ -255,17 +247,13 @@ class Comparison:
             "relative_interval": vars(ratio) if ratio is not None else None,
             "difference": difference,
             "difference_t_interval": vars(t_interval(differences)) if several else None,
+            "detectable": smallest_detectable(differences),
             "by_seed": mine,
             "baseline_by_seed": theirs,
             "steps": [a[0] for a, _ in pairs.values()],
             "baseline_steps": [b[0] for _, b in pairs.values()],
             "forget_end": [finite(a[2]) for a, _ in pairs.values()],
             "baseline_forget_end": [finite(b[2]) for _, b in pairs.values()],
-            "not_a_number": [seed for seed in compared if seed not in pairs],
-            "not_reached": {
-                "method": [seed for seed, (a, _) in both.items() if a is None],
-                "baseline": [seed for seed, (_, b) in both.items() if b is None],
-            },
             "strengths": {str(seed): None if curve is None else curve.strength for seed, curve in chosen.items()},
         }
 
@@ -287,6 +275,21 @@ def ratio_interval(values: Sequence[float], baselines: Sequence[float]) -> Inter
         return None
     logs = t_interval([math.log(value / base) for value, base in zip(values, baselines, strict=True)])
     return Interval(math.expm1(logs.low), math.expm1(logs.high))
+
+
+def smallest_detectable(differences: Sequence[float], power: float = 0.8, level: float = 0.05) -> float | None:
+    """The smallest true difference that a paired t test finds with this power, at the seeds' number and spread."""
+    from scipy import optimize, stats
+
+    n, spread = len(differences), statistics.stdev(differences) if len(differences) > 1 else 0.0
+    if not spread:
+        return None
+    edge = stats.t.ppf(1 - level / 2, n - 1)
+
+    def missed(shift: float) -> float:  # shift: the difference in standard errors; the other side has no chance
+        return float(stats.nct.cdf(edge, n - 1, shift)) - (1 - power)
+
+    return float(optimize.brentq(missed, 0.0, 20.0)) * spread / math.sqrt(n)
 
 
 def finite(value: float) -> float | None:

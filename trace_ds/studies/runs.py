@@ -1,4 +1,4 @@
-"""The runs of a study: forget losses × methods × strengths × seeds.
+"""The runs of a study: methods × strengths × seeds.
 
     STUDY/seed_N/                  an ordinary run of `trace-ds run`: the baseline at the recipe's own strength
     STUDY/seed_N/variants/NAME/    its variants: every other method and strength
@@ -24,7 +24,7 @@ from trace_ds.config.schema import Config
 from trace_ds.config.sections.base import MAX_LENGTH
 from trace_ds.config.sections.bench import BenchConfig
 from trace_ds.errors import UserError
-from trace_ds.evaluation.metrics import METRICS, TASK_METRICS, direction
+from trace_ds.evaluation.metrics import METRICS, TASK_METRICS, direction, require_level
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.pipeline import Request
 
@@ -36,15 +36,13 @@ CURVE_ONLY = {
     "unlearning.resume": "replace",
     "evaluation.drift": False,
     "evaluation.relearning": None,
-    "evaluation.expert_forcing": False,
 }
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: a method at a strength (dotted key -> value, in the order of the grid) under a loss."""
+    """One run: a method at a strength (dotted key -> value, in the order of the grid)."""
 
-    loss: str
     method: str
     strength: Mapping[str, Any]
 
@@ -55,8 +53,8 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Name of its variant: ``rmu-uniform-alpha16-lr0.0005``."""
-        words = (self.loss, self.method, self.label.replace("=", "").replace(",", "-"))
+        """Name of its variant: ``uniform-alpha16-lr0.0005``."""
+        words = (self.method, self.label.replace("=", "").replace(",", "-"))
         name = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(word for word in words if word))
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         return name if len(name) <= MAX_LENGTH else f"{name[: MAX_LENGTH - 9]}-{digest}"
@@ -70,35 +68,32 @@ def require_bench(config: Config, where: str) -> BenchConfig:
     return config.bench
 
 
-def grid_of(bench: BenchConfig, loss: str, method: str) -> dict[str, list[Any]]:
-    """The values to try for one method under one loss, by key in the order of tuning."""
-    grid = dict(bench.grid)
-    for name in (loss, method, f"{loss} {method}"):
-        grid |= bench.grids.get(name, {})
-    return grid
+def grid_of(bench: BenchConfig, method: str) -> dict[str, list[Any]]:
+    """The values to try for one method, by key in the order of tuning."""
+    return bench.grid | bench.grids.get(method, {})
 
 
 def trials_of(bench: BenchConfig) -> list[Trial]:
     """All runs of one seed."""
     return [
-        Trial(loss, method, dict(zip(grid, values, strict=True)))
-        for loss, method in itertools.product(bench.losses, bench.methods)
-        for grid in [grid_of(bench, loss, method)]
+        Trial(method, dict(zip(grid, values, strict=True)))
+        for method in bench.methods
+        for grid in [grid_of(bench, method)]
         for values in itertools.product(*grid.values())
     ]
 
 
 def changes_of(bench: BenchConfig, trial: Trial) -> dict[str, Any]:
-    """The changes a run makes to the recipe: those of its loss, then of its method, then its strength."""
-    return {**bench.losses.get(trial.loss, {}), **bench.methods.get(trial.method, {}), **trial.strength}
+    """The changes a run makes to the recipe: those of its method, then its strength."""
+    return {**bench.methods.get(trial.method, {}), **trial.strength}
 
 
-def recipe_trial(config: Config, loss: str, method: str) -> Trial:
-    """The run of a method at the strength that the recipe itself names (with the changes of loss and method)."""
+def recipe_trial(config: Config, method: str) -> Trial:
+    """The run of a method at the strength that the recipe itself names (with the changes of the method)."""
     bench = require_bench(config, config.name)
-    changed = with_changes(config, changes_of(bench, Trial(loss, method, {})) | {"bench": None}, "bench")
+    changed = with_changes(config, changes_of(bench, Trial(method, {})) | {"bench": None}, "bench")
     raw = changed.model_dump(mode="json")
-    own = Trial(loss, method, {key: value_of(raw, key) for key in grid_of(bench, loss, method)})
+    own = Trial(method, {key: value_of(raw, key) for key in grid_of(bench, method)})
     return next((trial for trial in trials_of(bench) if trial == own), own)  # 16, where the grid says so, not 16.0
 
 
@@ -114,7 +109,7 @@ def seed_request(recipe: Sequence[str], overrides: Sequence[str], directory: Pat
     gold = {name: path for name, path in config.evaluation.models.items() if name == GOLD}
     shared = CURVE_ONLY | {"evaluation.models": gold, "variants": {}}
     shared |= {"distributed.nproc": config.distributed.nproc or 1}
-    own = recipe_trial(config, next(iter(bench.losses)), bench.baseline)
+    own = recipe_trial(config, bench.baseline)
     raw, own_changes = config.model_dump(mode="json"), changes_of(bench, own)
     variants = {}
     for trial in trials_of(bench):
@@ -129,6 +124,13 @@ def seed_request(recipe: Sequence[str], overrides: Sequence[str], directory: Pat
 def run_of(request: Request, trial: Trial) -> RunDirectory:
     """The run directory of a trial of a seed."""
     return request.run.variant(trial.name) if trial.name in request.written.variants else request.run
+
+
+def forget_target(bench: BenchConfig, base: float) -> float:
+    """The forget score that counts as forgotten, ``margin`` above ``base``; refused where no score could be above."""
+    target = base + bench.margin
+    require_level(bench.forget, target, f"bench.margin ({base:.3g} + {bench.margin:g})")
+    return target
 
 
 def check_study(config: Config) -> None:
@@ -150,13 +152,14 @@ def check_study(config: Config) -> None:
         problem = f"there is no gold model, and {forget} has no chance level, so there is no forgetting target"
         fix = "name a model trained without the forget set as evaluation.models.gold"
         raise UserError(problem, "bench.forget", fix)
+    forget_target(bench, 0.0 if GOLD in config.evaluation.models else METRICS[forget].chance or 0.0)
     if direction(utility, "utility") != "higher":
         problem = f"{bench.utility[0]} does not grow with what is kept, and strengths are tuned by the first metric"
         raise UserError(problem, "bench.utility", "put another one first")
     trials = trials_of(bench)
-    for loss, method in itertools.product(bench.losses, bench.methods):
-        if (own := recipe_trial(config, loss, method)) not in trials:
-            problem = f"the grid for {loss} {method} lacks the recipe's own strength {own.label}"
+    for method in bench.methods:
+        if (own := recipe_trial(config, method)) not in trials:
+            problem = f"the grid for {method} lacks the recipe's own strength {own.label}"
             raise UserError(problem, "bench.grid", "add it: it is the strength at which methods are compared alike")
     if len({trial.name for trial in trials}) < len(trials):
         raise UserError("two runs of the study have one name", "bench.grid", "let its values be numbers or words")

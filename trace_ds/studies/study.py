@@ -5,8 +5,8 @@
     trace-ds submit RECIPE --study --run-dir STUDY                 # one ordinary SLURM job a seed, then
     trace-ds bench RECIPE --run-dir STUDY --analyse                # the comparison alone
 
-Writes ``study.json`` (every comparison with its intervals) and ``frontier.csv`` (every scored step of every run), both
-from the runs' own files: the same runs give the same bytes.
+Writes ``study.html`` (verdict, table and plot), ``study.json`` (every comparison with its intervals) and
+``frontier.csv`` (every scored step of every run) from the runs' own files: the same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import JobFailed, StopRequested, UserError
 from trace_ds.evaluation.metrics import METRICS
+from trace_ds.reporting.page import number
 from trace_ds.run.curve import check_scores, read_curve
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
 from trace_ds.run.foreign import read_object
 from trace_ds.stages.pipeline import Request, check_early, run_verb
 from trace_ds.studies.analysis import Comparison, Curve, finite, matched, metric_of
-from trace_ds.studies.runs import GOLD, check_study, require_bench, run_of, seed_request, trials_of
+from trace_ds.studies.page import change, notes, render_study, study_verdict
+from trace_ds.studies.runs import GOLD, check_study, forget_target, require_bench, run_of, seed_request, trials_of
 
 if TYPE_CHECKING:
     from trace_ds.cluster.submit import Cluster
     from trace_ds.demo.corpora import Regime
 
-HEADER = ["seed", "loss", "method", "point", "step"]
+HEADER = ["seed", "method", "point", "step"]
 
 
 class Study:
@@ -69,7 +71,7 @@ class Study:
                 raw = read_curve(run_of(request, trial).curve)
                 scores = {name: [metric_of(point, name) for point in raw["curve"]] for name in self.metrics}
                 steps, diverged = [point["step"] for point in raw["curve"]], raw["diverged"] is not None
-                curves.append(Curve(seed, trial.loss, trial.method, trial.label, steps, scores, diverged))
+                curves.append(Curve(seed, trial.method, trial.label, steps, scores, diverged))
                 made_with.add(tuple(sorted(raw["made_with"].items())))
         return curves, [dict(pairs) for pairs in sorted(made_with)]
 
@@ -94,8 +96,8 @@ class Study:
         """
         golds = [metric_of(models[GOLD], self.bench.forget) for models in references.values() if GOLD in models]
         base = math.fsum(golds) / len(golds) if golds else METRICS[self.bench.forget.split()[1]].chance
-        assert base is not None  # see runs.check
-        return base + self.bench.margin
+        assert base is not None  # see check_study
+        return forget_target(self.bench, base)
 
 
 def run_study(
@@ -191,30 +193,23 @@ def run_seed(request: Request, regime: Regime | None) -> None:
 
 
 def analyse(study: Study) -> dict[str, Any]:
-    """Write and return ``study.json``, free of times and places, and write ``frontier.csv``."""
+    """Write and return ``study.json``, free of times and places, and write ``frontier.csv`` and ``study.html``."""
     bench = study.bench
     references = {seed: study.read_references(seed) for seed in bench.seeds}
     curves, made_with = study.read_curves()
     target = study.target(references)
     comparison = Comparison(study.config, curves, partial(matched, target=target))
-    result = {
-        "recipe": study.config.name,
-        "seeds": bench.seeds,
-        "baseline": bench.baseline,
-        "forget": bench.forget,
+    result = comparison.summary() | {
         "target": target,
         "references": {
             str(seed): {name: {m: finite(metric_of(one, m)) for m in study.metrics} for name, one in models.items()}
             for seed, models in references.items()
         },
         "made_with": made_with,
-        "nothing_to_forget": comparison.nothing_to_forget,
-        "diverged": [str(curve) for curve in curves if curve.diverged],
-        "never_reached": [str(curve) for curve in curves if comparison.step(curve) is None and not curve.diverged],
-        "comparisons": comparison.rows(),
     }
     write_json(study.directory / "study.json", result)
     write_text(study.directory / "frontier.csv", frontier_csv(curves, study.metrics))
+    write_text(study.directory / "study.html", render_study(result))
     return result
 
 
@@ -224,37 +219,18 @@ def frontier_csv(curves: Sequence[Curve], metrics: Sequence[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*HEADER, *metrics])
     for curve in curves:
-        for number, step in enumerate(curve.steps):
-            values = ("" if math.isnan(v := curve.scores[name][number]) else f"{v:.6g}" for name in metrics)
-            writer.writerow([curve.seed, curve.loss, curve.method, curve.strength, step, *values])
+        for index, step in enumerate(curve.steps):
+            values = ("" if math.isnan(v := curve.scores[name][index]) else f"{v:.6g}" for name in metrics)
+            writer.writerow([curve.seed, curve.method, curve.strength, step, *values])
     return text.getvalue()
 
 
 def print_result(result: dict[str, Any], study: Study) -> None:
-    """One line per comparison from the first step at the target on (``post``), then what could not be compared."""
-    print(f"against {result['baseline']}, from the first step at {result['forget']} <= {result['target']:.3g} on:")
+    """The verdict, one line per comparison from the first step at the target on (``post``), and what is left out."""
+    print(study_verdict(result))
     for row in result["comparisons"]:
-        if row["at"] == "post":
-            label = ", ".join(row[key] for key in ("metric", "loss", "strength", "method"))
-            print(f"  {label}: {_numbers(row)} ({len(row['seeds'])} of {len(result['seeds'])} seeds)")
-    for seed in result["nothing_to_forget"]:
-        score = result["references"][str(seed)]["original"][result["forget"]]
-        print(
-            f"WARNING seed {seed}: nothing to forget: {result['forget']} of the original model is {score:.3g}, at or "
-            f"below the target {result['target']:.3g} before the first step; the seed is left out"
-        )
-    for name in ("never_reached", "diverged"):
-        if result[name]:
-            print(f"{name.replace('_', ' ')}: {len(result[name])} runs (listed in study.json)")
-    if len(result["made_with"]) > 1:
-        print(f"WARNING the runs were made with different devices or versions of torch: {result['made_with']}")
-    print(f"numbers: {study.directory / 'study.json'}, every scored step: {study.directory / 'frontier.csv'}")
-
-
-def _numbers(row: Mapping[str, Any]) -> str:
-    if row["value"] is None:
-        return "–"
-    text, band = f"{row['value']:.4g}", row["relative_interval"]
-    if row["relative"] is not None:
-        text += f", {row['relative']:+.1%}"
-    return text + (f" [{band['low']:+.1%}, {band['high']:+.1%}]" if band else "")
+        if row["at"] == "post" and row["tuned"]:
+            values = "–" if row["value"] is None else f"{number(row['value'])} {change(row)}"
+            label = ", ".join(row[key] for key in ("metric", "strength", "method"))
+            print(f"  {label}: {values} ({len(row['seeds'])} of {len(result['seeds'])} seeds)")
+    print(*notes(result), f"page: {study.directory / 'study.html'}; numbers: study.json and frontier.csv", sep="\n")

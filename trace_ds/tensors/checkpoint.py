@@ -36,9 +36,8 @@ class Checkpoint:
         dtype: bf16, fp16 or fp32, the type that the engine computes in (empty: each tensor's own).
         step, world, ep, zero_stage: of the job that wrote it, as far as its files say.
         family: transformers' ``model_type``; None where no manifest, configuration or report of a conversion says it.
-        decoder_layers: how many it holds, from the first on, without norm and LM head: the rest is as in the model that
-            the job started from. None: it holds all.
-        lacks_frozen: whether frozen parameters may have been left out (``exclude_frozen_parameters``).
+        lacks_frozen: whether parameters that were not trained may have been left out (``exclude_frozen_parameters``, as
+            our jobs save): they are as in the model that the job started from.
         base: fingerprint of that model, where a manifest or report says it.
         layers: AutoEP's metadata of the MoE layers (of rank 0).
         files: the DeepSpeed files that belong to it, relative to ``path``.
@@ -56,7 +55,6 @@ class Checkpoint:
     ep: int = 1
     zero_stage: int | None = None
     family: str | None = None
-    decoder_layers: int | None = None
     lacks_frozen: bool = False
     base: str | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -67,7 +65,7 @@ class Checkpoint:
 
     def summary(self) -> dict[str, Any]:
         """Facts for reports and ``trace-ds inspect``; JSON-compatible and without paths."""
-        named = ("kind", "step", "world", "ep", "zero_stage", "family", "decoder_layers", "base", "dtype")
+        named = ("kind", "step", "world", "ep", "zero_stage", "family", "base", "dtype")
         # tied heads and AutoEP's alias of a router are another tensor again
         distinct = [n for n in self.tensors if n not in self.shared and not is_alias(n, self.tensors)]
         sources = [self.tensors[name] for name in distinct]

@@ -67,11 +67,6 @@ class ModelLayout:
     def keeps_fp32(self, name: str) -> bool:
         return any(re.search(rf"(^|\.){re.escape(pattern)}($|\.)", name) for pattern in self.keep_fp32)
 
-    def above(self, layers: int) -> set[str]:
-        """Names that a job of the first ``layers`` decoder layers does not hold: later layers, last norm, LM head."""
-        ends = ("model.norm", "lm_head")
-        return {name for name in self.fused if decoder_layer(name) >= layers or name.startswith(ends)}
-
     def ignores(self, name: str) -> bool:
         """Whether transformers skips a tensor of this name when it loads the model."""
         return name not in self.hub and name not in self.fused and any(re.search(p, name) for p in self.ignored)
@@ -241,14 +236,14 @@ def engine_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) ->
     The alias of the router is dropped, and so are tensors that are tied to another one; whatever is left without a
     fused name is returned under its own, for the caller to report.
     """
-    pieces = {name: piece for name, piece in engine_pieces(layout).items() if name in tensors}
+    pieces = engine_pieces(layout)
     parts: list[tuple[Piece, TensorSource]] = []
     fused: dict[str, TensorSource] = {}
     for name, source in tensors.items():
         piece = pieces.get(name)
         if piece is not None and source.shape == piece.shape:
             parts.append((piece, source))
-        elif not is_alias(name, tensors) and name not in layout.tied:
+        elif not is_alias(name, pieces) and name not in layout.tied:
             fused[name] = source
     return fused | _assembled(layout, parts)
 

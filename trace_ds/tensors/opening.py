@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.run.files import require_files
+from trace_ds.run.files import MANIFEST, require_files
 from trace_ds.run.foreign import file_entries, named_by, read_object
-from trace_ds.run.ours import MANIFEST
 from trace_ds.tensors.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
 from trace_ds.tensors.deepspeed_source import open_deepspeed
 from trace_ds.tensors.layouts import ModelLayout, disk_to_fused
@@ -100,8 +99,6 @@ def open_source(path: Path, tag: str | None = None) -> Checkpoint:
     families = (facts.get("family"), family_of(directory))
     checkpoint.family = next((family for family in families if isinstance(family, str) and family), None)
     if checkpoint.kind != "huggingface":
-        layers = facts.get("layers")
-        checkpoint.decoder_layers = layers if type(layers) is int and layers > 0 else None
         checkpoint.base = (facts.get("model") or {}).get("fingerprint")
     for key in ("step", "world", "ep"):
         if None not in (pair := (facts.get(key), getattr(checkpoint, key))) and pair[0] != pair[1]:

@@ -131,7 +131,7 @@ class Evaluator:
         """Evaluate after ``step``, if it is time; returns why the job ends here, or nothing.
 
         Raises:
-            JobFailed: a score is not finite, or past a guard.
+            JobFailed: a score is not finite, or violated a guard.
         """
         if not (last or step % (self.settings.every or 1) == 0):
             return ""

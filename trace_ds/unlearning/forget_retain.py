@@ -54,8 +54,9 @@ class FrozenStates:
     """Hidden states of the frozen model for a micro-batch's rows from ``begin`` on; None where they are not needed.
 
     Attributes:
-        layer_BSD: at the layer that a loss is made of.
-        last_BSD: the final ones, and the LM head ``head_VD`` that makes logits of them.
+        layer_BSD: at the layer that a loss uses.
+        last_BSD: inputs of the LM head.
+        head_VD: weight of the LM head.
     """
 
     begin: int = 0
@@ -78,11 +79,11 @@ class FrozenStates:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen model, sharded like the job.
+    """The frozen model (sharded as :func:`trace_ds.unlearning.objective.reference_engine` says).
 
     Attributes:
         engine: its layers, as many as are needed.
-        head_VD: its LM head, whole on every rank (the logits of a chunk are made from it, in both directions);
+        head_VD: its LM head, whole on every rank: chunks of logits are computed from it;
             None where no logits are needed.
     """
 
@@ -96,11 +97,11 @@ class ForgetRetain:
 
     Attributes:
         settings: names and constants of the losses.
-        needs: the layer of the hidden states, where a loss is made of them, and what is compared with the frozen model.
+        needs: the layer whose hidden states a loss uses, and what is compared with the frozen model.
         target_D: RMU: c·u; adaptive: β·u.
-        frozen: the frozen model where something of it is not in ``collect``'s artefacts.
-        anchor: SEUF's pull on one router.
-        sinks: offsets in a document whose hidden states no loss is made of (hidden_norms.py).
+        frozen: the frozen model, if ``collect`` did not save all that is needed of it.
+        anchor: SEUF's penalty on one router.
+        sinks: offsets in a document that losses of hidden states leave out (attention sinks, hidden_norms.py).
     """
 
     settings: UnlearningConfig
@@ -118,7 +119,8 @@ class ForgetRetain:
             ids_BS = torch.cat([ids_BS, other.input_ids_BS])
             positions_BS = torch.cat([positions_BS, other.position_ids_BS])
             counted_BS = torch.cat([counted_BS, other.counted_BS])
-        sides: dict[str, tuple[slice, torch.Tensor, str]] = {}  # its rows, its counted places and its token loss
+        # of each side: its rows, (row, column) of its counted tokens, and its token loss
+        sides: dict[str, tuple[slice, torch.Tensor, str]] = {}
         if loss != "rmu":
             places_2N = batch.places_2N[:, : batch.forget_places]
             sides["forget"] = (slice(first_retain), places_2N, "nll" if loss in SEQUENCE_LOSSES else loss)
@@ -169,11 +171,11 @@ class ForgetRetain:
 
     def frozen_states(self, batches: Sequence[MicroBatch]) -> Iterator[FrozenStates]:
         """The frozen model's hidden states for each micro-batch of a step in turn, computed when needed, in as few
-        passes as memory allows: where ZeRO-3 cuts the frozen model up, each gathers all of it."""
+        passes as memory allows: under ZeRO-3 each gathers the whole frozen model."""
         if self.frozen is None or not batches:
             yield from (FrozenStates() for _ in batches)
             return
-        first = batches[0]  # as many rows as in all others, on every rank
+        first = batches[0]  # every micro-batch has the same number of rows, on every rank
         begin = 0 if self.needs.forget else first.forget_rows
         end = len(first.counted_BS) if self.needs.retain else first.forget_rows
         trained = len(first.counted_BS) + (len(first.alternative.counted_BS) if first.alternative is not None else 0)
@@ -187,10 +189,10 @@ class ForgetRetain:
         longest = max(batch.counted_BS.shape[1] for batch in batches)
         ids, positions = [], []
         for batch in batches:
-            # positions from 0 make the filling a document of its own, which no real token attends to
-            filling = torch.arange(longest - batch.counted_BS.shape[1]).expand(end - begin, -1)
-            ids.append(functional.pad(batch.input_ids_BS[begin:end], (0, filling.shape[1])))
-            positions.append(torch.cat([batch.position_ids_BS[begin:end], filling], dim=1))
+            # padding whose positions begin at 0 is a document of its own, to which no real token attends
+            padding = torch.arange(longest - batch.counted_BS.shape[1]).expand(end - begin, -1)
+            ids.append(functional.pad(batch.input_ids_BS[begin:end], (0, padding.shape[1])))
+            positions.append(torch.cat([batch.position_ids_BS[begin:end], padding], dim=1))
         with torch.no_grad():
             outputs = forward(
                 self.frozen.engine,

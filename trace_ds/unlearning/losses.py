@@ -1,7 +1,7 @@
 """The losses, as pure functions; each says its formula, source and what we were unsure of.
 
-They return one value a token or *sums* over this rank's sequences, never means: the job divides by global counts, so
-the result does not depend on how rows are sharded.
+Token losses return one value per token, sequence losses a *sum* over this rank's sequences; none is averaged over
+tokens or rows: the job divides by global counts, so the result does not depend on how rows are sharded.
 
 Shape legend: B sequences (rows), S positions, D hidden size, V vocabulary, N tokens. Counted positions are the
 loss-bearing ones: position t carries the hidden state and the loss of predicting token t+1. ℓ = −log p is the NLL of
@@ -65,15 +65,15 @@ def undial(logits_NV: torch.Tensor, targets_N: torch.Tensor, frozen_logits_NV: t
 def ceu(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """CE-U: cross-entropy to the model's own distribution without the target (Yang, arXiv 2503.01224), [N].
 
-    −Σ_v q_v log p_v with q = softmax(z with z_target = −∞), held constant. The authors leave out the first token of an
-    answer; our corpora know no answers, so every counted token takes part.
+    −Σ_v q_v log p_v with q = softmax(z with z_target = −∞), detached. The authors leave out the first token of an
+    answer; here every counted token takes part (our decision).
     """
     without_NV = logits_NV.detach().float().scatter(1, targets_N[:, None], float("-inf"))
     return _cross_entropy(torch.softmax(without_NV, dim=1), logits_NV)
 
 
 def margin_flattening(logits_NV: torch.Tensor) -> torch.Tensor:
-    """PDU's forget loss: (max_v z_v − mean_v z_v)², least when the logits are all equal, [N].
+    """PDU's forget loss: (max_v z_v − mean_v z_v)², zero when the logits are all equal, [N].
 
     Entesari et al., *Constrained Entropic Unlearning* (arXiv 2506.05314); the square is as in the OpenUnlearning
     benchmark's form of it.
@@ -97,12 +97,12 @@ def _cross_entropy(target_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class SequenceNLL:
-    """The input of losses of sequences: token losses [B, S] of the forget rows, 0 where nothing is counted.
+    """Input of the sequence losses: token losses [B, S] of the forget rows, 0 where nothing is counted.
 
     Attributes:
-        nll_BS, reference_nll_BS: the trained and the frozen model's.
+        nll_BS, reference_nll_BS: under the trained and under the frozen model.
         counted_BS: bool.
-        preferred_nll_BS, preferred_reference_nll_BS: of the rows preferred to them (``data.alternative``), or None.
+        preferred_nll_BS, preferred_reference_nll_BS: the same of the paired rows of ``data.alternative``, or None.
     """
 
     nll_BS: torch.Tensor
@@ -117,7 +117,8 @@ def npo_forget_sum(
 ) -> torch.Tensor:
     """NPO (Zhang et al., arXiv 2404.05868, eq. 3): Σ over sequences of −(2/β) log σ(β [NLL_θ(y) − NLL_ref(y)]).
 
-    NLL(y) is the *sum* over the sequence's tokens, as in the paper; the default β of 0.1 saturates on long sequences.
+    NLL(y) is the *sum* over the sequence's tokens, as in the paper; with the default β of 0.1 the sigmoid saturates,
+    and gradients vanish, where the difference of a long sequence is large.
     Rows with no counted token add nothing.
     """
     return _preference_sum((nll_BS - reference_nll_BS).sum(dim=1), counted_BS, beta)
@@ -194,20 +195,20 @@ def rmu_target(hidden_size: int, seed: int, length: float) -> torch.Tensor:
 def adaptive_rmu_target(target_D: torch.Tensor, frozen_BSD: torch.Tensor) -> torch.Tensor:
     """Adaptive RMU's target: ``target_D`` times the norm of the frozen hidden state of each position, fp32 [B, S, D].
 
-    c_t = β ‖h_t^ref‖ (Huu-Tien et al., arXiv 2408.06223); ``target_D`` is β·u. Our reading: the norm of each forget
-    token by itself. The paper's abstract leaves open whether it is that or a mean over the batch. Default β = 3, as for
+    c_t = β ‖h_t^ref‖ (Huu-Tien et al., arXiv 2408.06223); ``target_D`` is β·u. Our reading: one norm per
+    token. The paper's abstract leaves open whether it is that or a mean over the batch. Default β = 3, as for
     the median norm (our choice).
     """
     return frozen_BSD.detach().float().norm(dim=-1, keepdim=True) * target_D
 
 
-# --- the retain side --------------------------------------------------------------------------------------------------
+# --- PDU's dual update ------------------------------------------------------------------------------------------------
 
 
 def dual_update(multiplier: float, retain_loss: float, bound: float) -> float:
     """PDU's multiplier after a step: λ ← max(0, λ + L_retain − ε) (Entesari et al., arXiv 2506.05314).
 
-    The job minimises L_forget + λ L_retain; where the retain loss exceeds its bound ε, λ grows. Ours: step
+    The job minimises γ L_forget + λ L_retain; where the retain loss exceeds its bound ε, λ grows. Ours: step
     size 1, ε = 1.05 times the retain loss of the first step, λ begins at α.
     """
     return max(0.0, multiplier + retain_loss - bound)

@@ -11,8 +11,8 @@ MEASURED_SCALES = ("median_norm", "mean_norm")  # units of RMU's coefficient tha
 
 
 def layers_held(settings: UnlearningConfig, decoder_layers: int) -> int | None:
-    """How many decoder layers, from the first on, a job loads, trains and saves, without norm and LM head; None: the
-    whole model, since a loss or the looks at it while it trains need its logits."""
+    """Number of leading decoder layers that a job loads, without final norm and LM head; None: the whole model, because
+    a loss or ``unlearning.evaluate.every`` needs its logits."""
     last = settings.last_layer(decoder_layers)
     return None if last is None or settings.evaluate.every else min(last + 1, decoder_layers)
 
@@ -22,7 +22,7 @@ class FrozenNeeds:
     """The parts of a frozen copy that a step needs, of a model with ``decoder_layers``.
 
     Attributes:
-        layer: decoder layer whose hidden states a loss is made of, the trained model's or both; None: none is.
+        layer: decoder layer whose hidden states a loss uses; None: no loss does.
         logits, hidden: whether the copy's logits and its hidden states at ``layer`` are compared with in every step.
         forget, retain: which rows go through the copy.
         norms: whether the norms of its hidden states are measured before the first step (hidden_norms.py).
@@ -49,7 +49,7 @@ class FrozenNeeds:
             layer,
             logits=settings.forget_loss in FROZEN_LOGITS or retain in FROZEN_LOGITS,
             hidden=adaptive or retain == "hidden_mse",
-            forget=adaptive or settings.forget_loss == "undial",
+            forget=adaptive or settings.forget_loss in FROZEN_LOGITS,
             retain=retain != "nll",
             norms=layer is not None
             and (settings.rmu.sinks == "leave_out" or (rmu and settings.rmu.scale in MEASURED_SCALES)),
@@ -67,7 +67,7 @@ class FrozenNeeds:
 
 
 def micro_batches_together(trained_rows: int, frozen_rows: int) -> int:
-    """Micro-batches that share a pass of the frozen copy, given the rows of one that go through either model.
+    """Number of micro-batches per pass of the frozen model, given the rows of one that go through either model.
 
     Without gradients a row takes half the memory or less: the copy has at most twice the rows of a training pass.
     """

@@ -30,7 +30,7 @@ from trace_ds.unlearning.losses import dual_update, rmu_target
 from trace_ds.unlearning.needs import MEASURED_SCALES, FrozenNeeds
 from trace_ds.unlearning.seuf import Anchor
 
-FIRST_STEP_FACTOR = 1.05  # the default bound over the retain loss of the first step (our decision)
+PDU_BOUND_FACTOR = 1.05  # PDU's bound ε is 1.05 × the retain loss of the first step (our decision)
 
 
 class Objective:
@@ -43,8 +43,8 @@ class Objective:
         raise NotImplementedError
 
     def terms(self, engine: Any, step: Any, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-        """The terms of each micro-batch of the step (on the host) in turn: scalars with gradient by the names of
-        :attr:`factors`, sums over this rank's rows divided by the global counts of the step."""
+        """Yield, per micro-batch, scalars with gradient by the names of :attr:`factors`: this rank's sum divided by the
+        step's global count. ``step`` is on the host."""
         raise NotImplementedError
 
     def update_state(self, losses: dict[str, float]) -> dict[str, float]:
@@ -82,8 +82,9 @@ class Unlearning(Objective):
     """γ·L_forget + α·L_retain, and SEUF's anchor where there is one.
 
     Args:
-        trainer_state: of the checkpoint that the job goes on from: PDU's multiplier, which is α then, and its bound ε.
-        routers: GRIP's projection, or None.
+        trainer_state: of the checkpoint that is resumed; under PDU it holds the multiplier, which replaces α, and the
+            bound ε.
+        router_projection: GRIP's, or None.
 
     Attributes:
         alpha: α of the next step.
@@ -94,9 +95,9 @@ class Unlearning(Objective):
         settings: UnlearningConfig,
         forget_retain: ForgetRetain,
         trainer_state: Mapping[str, Any],
-        routers: Projection | None = None,
+        router_projection: Projection | None = None,
     ) -> None:
-        self.settings, self.forget_retain, self.routers = settings, forget_retain, routers
+        self.settings, self.forget_retain, self.router_projection = settings, forget_retain, router_projection
         self.alpha: float = trainer_state.get("pdu_multiplier", settings.alpha)
         self._bound: float | None = trainer_state.get("pdu_bound")
 
@@ -126,13 +127,13 @@ class Unlearning(Objective):
             return {}
         used = self.alpha
         if self._bound is None:
-            self._bound = FIRST_STEP_FACTOR * losses["retain"]
+            self._bound = PDU_BOUND_FACTOR * losses["retain"]
         self.alpha = dual_update(used, losses["retain"], self._bound)
         return {"alpha": used}
 
     def after_update(self, engine: Any, step: int) -> None:
-        if self.routers is not None:
-            self.routers.after_update(engine, step)
+        if self.router_projection is not None:
+            self.router_projection.after_update(engine, step)
 
     def state(self) -> dict[str, Any]:
         return {} if self._bound is None else {"pdu_multiplier": self.alpha, "pdu_bound": self._bound}
@@ -151,9 +152,9 @@ def make_forget_retain(
     seed: int,
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[ForgetRetain, dict[str, Any]]:
-    """The losses, and the trainer state with the job constants they need, kept in checkpoints for exact resumption.
+    """Build the losses; also return the trainer state with the measured norms and sinks, for exact resumption.
 
-    The frozen copy holds the layers that are needed and no others; without need for one there is none.
+    Of the frozen model the layers that are needed are loaded, and no others.
 
     Args:
         anchored: the MoE layer and the experts that SEUF anchors the router on.
@@ -161,7 +162,7 @@ def make_forget_retain(
         log: receives warnings.
     """
     needs = FrozenNeeds.of(settings, info.decoder_layers)
-    measured = needs.norms and not trainer_state.get("step")  # a job that goes on keeps what it began with
+    measured = needs.norms and not trainer_state.get("step")  # a resumed job uses the norms in its checkpoint
     frozen = None
     if needs.stays or measured:
         parts = ModelParts(needs.layers, needs.logits)
@@ -182,7 +183,7 @@ def make_forget_retain(
             frozen = Frozen(engine, _whole_head(engine) if needs.logits else None)
         del engine
         if frozen is None:
-            gc.collect()  # an engine refers to itself: its memory is the trained model's
+            gc.collect()  # the engine has reference cycles: free its memory for the trained model
     target_D = None
     if settings.forget_loss == "rmu":
         unit = trainer_state["rmu_hidden_norm"] if settings.rmu.scale in MEASURED_SCALES else 1.0
@@ -207,10 +208,11 @@ def reference_engine(
     dtype: str,
     ep: int,
 ) -> Any:
-    """A frozen copy of some parts of the model, sharded over the ranks (no optimizer).
+    """Some parts of the frozen model, sharded over the ranks (no optimizer).
 
-    With ZeRO stage 3, and whenever AutoEP does not shard the experts, every rank keeps its partition only, on the CPU
-    or on disk if the job's parameters are offloaded there. With AutoEP and a lower stage only the experts are sharded.
+    With ZeRO stage 3, and without DeepSpeed's expert parallelism (AutoEP) on more than one rank, each rank holds only
+    its partition, on the CPU or on disk if the job's parameters are offloaded there. Otherwise only experts are
+    sharded.
     """
     stage = 3 if settings.zero_stage == 3 or (ep == 1 and world.size > 1) else 0
     ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)

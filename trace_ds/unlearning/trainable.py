@@ -1,11 +1,11 @@
 """Which parameters are trained, by kind or name, and which rows of fused expert tensors; the rest stays bitwise as is.
 
-Nothing is frozen by ``requires_grad``: DeepSpeed's ZeRO-3 refuses to save frozen experts of AutoEP, and a checkpoint
-with holes resumes only on its own shape. Instead a held parameter (or row) gets a gradient of exactly 0 before
-DeepSpeed sees it, on every rank, so AdamW's moments stay 0 and so does its update; and where weight decay is on, held
-parameters are in a group without it. A tensor that is trained in part is in that group too: its trained rows are not
-decayed either (our decision). The price is the optimizer memory of what is held. (Layers above the one at which the
-losses end are not in the model at all: needs.py.)
+A parameter of which nothing is trained is frozen: ``requires_grad`` is off, so it has no gradient, no fp32 master and
+no optimizer state, and checkpoints leave it out (``convert`` takes it from the base model). A fused expert tensor of
+which only some rows are trained gets a gradient of exactly 0 in the others before DeepSpeed sees it, on every rank, so
+AdamW's moments stay 0 there and so does its update; where weight decay is on, such a tensor is in a group without it:
+its trained rows are not decayed either (our decision). (Layers above the one at which the losses end are not in the
+model at all: needs.py.)
 
 Names are those of the Hugging Face model, whether or not AutoEP has replaced its layers.
 """
@@ -24,6 +24,7 @@ from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.errors import UserError
 from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers
+from trace_ds.tensors.layouts import decoder_layer
 
 SELECTED = "selected_experts"
 PARAMETER_KINDS = ("all", "experts", SELECTED, "attention", "routers")
@@ -47,7 +48,7 @@ class Trained:
         """The experts trained in the tensor ``name``; None where it is not cut into rows."""
         if self.experts is None or not is_expert(name):
             return None
-        return self.experts.get(layer_of(name), ())
+        return self.experts.get(decoder_layer(name), ())
 
     def wholly(self, name: str) -> bool:
         return name in self.names and self.rows(name) is None
@@ -55,11 +56,6 @@ class Trained:
 
 def is_expert(name: str) -> bool:
     return ".experts." in name
-
-
-def layer_of(name: str) -> int:
-    """The decoder layer of a parameter, -1 outside the layers."""
-    return int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else -1
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, str]:
@@ -85,7 +81,7 @@ def choose_parameters(kinds: dict[str, str], patterns: list[str], last_layer: in
     left -= _matching(kinds, [pattern[1:] for pattern in patterns if pattern.startswith("-")])
     ends = ""
     if last_layer is not None:  # what is above has no gradient, but would be decayed
-        left = {n for n in left if layer_of(n) <= last_layer and not n.startswith(("model.norm", "lm_head"))}
+        left = {n for n in left if decoder_layer(n) <= last_layer and not n.startswith(("model.norm", "lm_head"))}
         ends = f" (the losses end at layer {last_layer})"
     if not left:
         raise UserError(f"no parameter is left to train{ends}", "unlearning.trainable", "name more, or take out less")
@@ -123,35 +119,41 @@ def trained_by(
     names = choose_parameters(kinds, settings.trainable, last_layer)
     if settings.seuf is not None:
         assert experts is not None
-        names = frozenset(n for n, kind in kinds.items() if kind in ("experts", "routers") and layer_of(n) in experts)
+        names = frozenset(
+            n for n, kind in kinds.items() if kind in ("experts", "routers") and decoder_layer(n) in experts
+        )
     return Trained(frozenset(kinds), names, experts)
 
 
+def freeze(model: nn.Module, trained: Trained) -> None:
+    """Turn ``requires_grad`` off for what is not trained, on a model as it was loaded (AutoEP renames parameters)."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained.names and trained.rows(name) != ())
+
+
 def parameter_groups(model: nn.Module, trained: Trained | None, weight_decay: float) -> list[Any]:
-    """The parameters for the optimizer: in two groups where weight decay must not reach some of them (``trained`` None:
-    it may reach all)."""
-    named = list(model.named_parameters())
+    """The parameters for the optimizer, those that are not frozen: in two groups where weight decay must not reach
+    some of them (``trained`` None: it may reach all)."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if trained is None or not weight_decay or all(trained.wholly(name) for name, _ in named):
         return [parameter for _, parameter in named]
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay, "name": "decayed"},
-        {"params": [], "weight_decay": 0.0, "name": "held"},
+        {"params": [], "weight_decay": 0.0, "name": "in_part"},
     ]
     for name, parameter in named:
         groups[not trained.wholly(name)]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
-def freeze(model: nn.Module, trained: Trained) -> None:
-    """Zero the gradients of all that is not trained, on an engine's converted model (local experts under AutoEP)."""
+def zero_untrained_rows(model: nn.Module, trained: Trained) -> None:
+    """Zero the gradients of the untrained rows of expert tensors, on an engine's converted model (local experts under
+    AutoEP)."""
     # Hooks of tensors run before DeepSpeed's, which reduce each gradient while the backward pass goes on: a change of
     # ``parameter.grad`` afterwards would come too late.
     for name, parameter in model.named_parameters():
-        source = autoep.source_name(name, trained.parameters)
-        rows = trained.rows(source)
-        if source not in trained.names or rows == ():
-            parameter.register_hook(torch.zeros_like)
-        elif rows is not None:
+        rows = trained.rows(autoep.source_name(name, trained.parameters))
+        if parameter.requires_grad and rows is not None:
             experts = autoep.experts_here(model, name, parameter)
             frozen_E = torch.tensor([expert not in rows for expert in experts])
             parameter.register_hook(_zeroing(frozen_E))

@@ -92,7 +92,7 @@ def train(
 
     Raises:
         StopRequested: the stop file appeared, SIGTERM or SIGINT came; a complete checkpoint was saved.
-        JobFailed: a loss, gradient or weight is not finite (NumericalFailure), or a score is past a guard. Nothing is
+        JobFailed: a loss, gradient or weight is not finite (NumericalFailure), or a score violated a guard. Nothing is
             saved then: the last checkpoint, from before, stands.
     """
     trainer_state = manifest.trainer_state
@@ -283,18 +283,18 @@ def training_engine(
         },
     }
     ds_config = merge_ds_config(ds_config, user_ds_config(settings.ds_config))
+
+    def parameters(model: Any) -> list[Any]:
+        if trained is not None:
+            trainable.freeze(model, trained)
+        return trainable.parameter_groups(model, trained, optimizer.weight_decay)
+
+    parts = ModelParts(layers=layers, head=layers is None)
     training = initialize(
-        info,
-        world,
-        ds_config,
-        dtype=dtype,
-        parts=ModelParts(layers=layers, head=layers is None),
-        # by the names of the model as it was loaded, before AutoEP renames any
-        parameters=lambda model: trainable.parameter_groups(model, trained, optimizer.weight_decay),
-        recompute=settings.recompute,
+        info, world, ds_config, dtype=dtype, parts=parts, parameters=parameters, recompute=settings.recompute
     )
     if trained is not None:
-        trainable.freeze(training.module, trained)
+        trainable.zero_untrained_rows(training.module, trained)
     serialization.install(training)
     if settings.recompute and settings.zero_stage == 3:
         keep_recomputed(training)

@@ -7,10 +7,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from trace_ds.config.sections.base import Name, Number, Section, Seed
+from trace_ds.errors import listed
 
 
 class BenchConfig(Section):
-    """A study: forget losses x methods x a grid of strengths x seeds, compared at matched forgetting.
+    """A study: methods x a grid of strengths x seeds, compared at matched forgetting.
 
     Every run is one of `trace-ds run`, scored as `unlearning.evaluate` says; the recipe's own values of the grid's keys
     are the strength that all share.
@@ -22,15 +23,10 @@ class BenchConfig(Section):
     seeds: list[Seed] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 5], min_length=2)
     baseline: str = Field("uniform", description="The method all others are compared with.")
     methods: dict[Name, dict[str, Any]] = Field(description="Name -> {dotted.key: value}.", min_length=2)
-    losses: dict[Name, dict[str, Any]] = Field(
-        {"recipe": {}}, description="Forget losses: name -> {dotted.key: value}.", min_length=1
-    )
     grid: dict[str, list[Any]] = Field(
         default_factory=dict, description="Strengths to choose from, in the order of tuning: dotted.key -> values."
     )
-    grids: dict[str, dict[str, list[Any]]] = Field(
-        default_factory=dict, description="Other values for one METHOD, one LOSS, or one 'LOSS METHOD' (wins last)."
-    )
+    grids: dict[str, dict[str, list[Any]]] = Field(default_factory=dict, description="Other values for a method.")
     margin: Number = Field(
         0.03, ge=0, description="Forgotten: a forget score of at most the gold model's, or chance, plus this."
     )
@@ -47,14 +43,14 @@ class BenchConfig(Section):
             raise ValueError(f"the baseline {self.baseline!r} is not among the methods {', '.join(self.methods)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds holds one number twice")
-        choices = {*self.methods, *self.losses, *(f"{a} {b}" for a in self.losses for b in self.methods)}
         for name in self.grids:
-            if name not in choices:
-                raise ValueError(f"grids names {name!r}, which is no method, loss or 'LOSS METHOD'")
+            if name not in self.methods:
+                raise ValueError(f"grids names {name!r}, which is no method: {listed(self.methods)}")
             for key in self.grids[name]:
                 if key not in self.grid:
-                    raise ValueError(f"grids.{name} has {key}, which grid lacks: it would be run and never tuned")
-        sections = [*self.methods.values(), *self.losses.values(), self.grid, *self.grids.values()]
+                    problem = f"grids.{name} has {key}, which grid lacks: it would be run and never tuned"
+                    raise ValueError(f"{problem}; grid has {listed(self.grid)}")
+        sections = [*self.methods.values(), self.grid, *self.grids.values()]
         for key in {key for section in sections for key in section}:
             if key.split(".")[0] not in ("calibration", "unlearning"):
                 raise ValueError(f"a study may not change {key}: only calibration and unlearning")

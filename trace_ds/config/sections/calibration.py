@@ -19,10 +19,8 @@ Layer = Annotated[Integer, Field(ge=0)]
 class DetectionConfig(Section):
     """How forget-critical experts are detected (calibration/detect.py)."""
 
-    method: Literal["significance", "top_difference", "top_ratio"] = "significance"
-    min_load: Number = Field(1.0, ge=0, description="significance: p_forget must be >= min_load * K / E.")
-    min_ratio: Number = Field(1.25, gt=0, description="significance: rho, the ratio the forget side must exceed.")
-    top_n: Integer = Field(4, ge=1, description="top_*: experts selected per layer.")
+    min_load: Number = Field(1.0, ge=0, description="p_forget must be >= min_load * K / E.")
+    min_ratio: Number = Field(1.25, gt=0, description="rho, the ratio that p_forget / p_retain must exceed.")
     layers: list[Layer] | Literal["trained"] | None = Field(
         "trained",
         description="Only these MoE layers (0-based); trained: those that the losses of unlearning train, which end at "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import string
 from collections.abc import Collection
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -15,7 +14,7 @@ DatasetText = Annotated[
     PathText | None,
     Field(
         description="Instead of a path: a data set's id on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION (from "
-        "the cache of datasets, or downloaded into it), or a directory in the hub's layout (one that is there wins)."
+        "the cache of datasets, or downloaded into it)."
     ),
 ]
 ConfigText = Annotated[str | None, Field(description="dataset: which of its configurations; default: the only one.")]
@@ -32,7 +31,7 @@ class PathOrDataset:
 
     @property
     def place(self) -> str:
-        """The file, directory or dataset to read."""
+        """The file, folder or dataset to read."""
         return self.path or self.dataset or ""
 
     @property
@@ -44,10 +43,8 @@ class PathOrDataset:
         return self._id_and_revision()[1]
 
     def _id_and_revision(self) -> tuple[str, str | None]:
-        """The parts of ``ORG/NAME@REVISION``; an existing directory has no revision."""
-        if not self.dataset or Path(self.dataset).is_dir():
-            return self.dataset or "", None
-        name, _, revision = self.dataset.partition("@")
+        """The parts of ``ORG/NAME@REVISION``."""
+        name, _, revision = (self.dataset or "").partition("@")
         return name, revision or None
 
 
@@ -64,6 +61,7 @@ def require_place(owner: str, path: str, dataset: str | None, **of_dataset: str 
 
 Template = str | list[dict[str, str]]  # text, or the messages of a conversation
 
+REFUSALS = "refusals"  # as data.alternative
 TEXT = "{text}"
 # What rows without a "text" are made into when no template is given: the first whose columns are there.
 CONVERSATIONS: tuple[Template, ...] = (
@@ -148,8 +146,9 @@ class DataConfig(Section):
     retain: list[CorpusEntry] = Field(min_length=1)
     alternative: PathText | None = Field(
         None,
-        description="dpo: file of texts preferred to the forget ones (refusals, for IdkDPO); row i of the forget "
-        "corpus is paired with row i modulo their number. packing: single pairs documents.",
+        description="dpo: what is preferred to the forget texts. refusals: the forget questions, each with a refusal "
+        "of ours as its answer (IdkDPO), picked by the seed; needs packing: single. Else a file of texts: row i of the "
+        "forget corpus is paired with row i modulo their number.",
     )
     context_length: Integer = Field(
         2048, ge=2, le=1 << 24, description="Tokens of a row (and the longest piece of a document)."
@@ -163,6 +162,17 @@ class DataConfig(Section):
     add_eos: bool = True
 
     @property
+    def has_refusals(self) -> bool:
+        """Whether the alternative corpus is the forget corpus with refusals as its answers."""
+        return self.alternative == REFUSALS
+
+    @model_validator(mode="after")
+    def _pairs_rows(self) -> DataConfig:
+        if self.has_refusals and self.packing != "single":
+            raise ValueError("alternative: refusals pairs documents, which needs packing: single")
+        return self
+
+    @property
     def sides(self) -> tuple[str, ...]:
         """The corpora there are: the fields of that name, the datasets and the statistics made of them."""
         return ("forget", "retain", *(["alternative"] if self.alternative else []))
@@ -170,5 +180,6 @@ class DataConfig(Section):
     def corpus(self, side: str) -> list[CorpusEntry]:
         """The entries of a corpus by its name."""
         if side == "alternative":
-            return [CorpusEntry(path=self.alternative)] if self.alternative else []
+            own = [CorpusEntry(path=self.alternative)] if self.alternative else []
+            return self.forget if self.has_refusals else own
         return {"forget": self.forget, "retain": self.retain}[side]

@@ -1,4 +1,4 @@
-"""``evaluation``: tasks, models that are scored beside the run's own, attacks."""
+"""``evaluation``: tasks, models that are scored beside the run's own, relearning."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TaskConfig(PathOrDataset, Section):
         description="The metric that the report begins with and averages over. Where any task has one, those without "
         "are left out; where none has, it is the first metric of every task, perplexities aside.",
     )
-    path: PathText = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
+    path: PathText = Field("", description="The task's file; not for lm_eval.")
     role: Literal["forget", "utility"]
     examples: PathText | None = Field(
         None,
@@ -72,9 +72,9 @@ class TaskConfig(PathOrDataset, Section):
             if (getattr(self, key) is not None) != (self.type == kind):
                 raise ValueError(f"task {self.name}: a {kind} task needs {key}, and no other has one")
         if self.type == "lm_eval":
-            for key in ("dataset", "config", "split", "columns"):
+            for key in ("path", "dataset", "config", "split", "columns"):
                 if getattr(self, key):
-                    raise ValueError(f"task {self.name}: lm_eval brings its own data set; {key} is for other types")
+                    raise ValueError(f"task {self.name}: lm_eval brings its own data, {key} is for other types")
         else:
             require_place(f"task {self.name}", self.path, self.dataset, config=self.config)
         return self
@@ -85,20 +85,18 @@ class TaskConfig(PathOrDataset, Section):
         if has_prompt_keys and self.type != "lm_eval":
             keys = "include_path, num_fewshot and apply_chat_template"
             raise ValueError(f"task {self.name}: {keys} are keys of lm_eval tasks")
-        if self.num_fewshot and self.path:
-            raise ValueError(f"task {self.name}: a file holds no solved examples: leave out num_fewshot, or path")
         return self
 
 
 class RelearningConfig(Section):
-    """The relearning attack: fine-tune on a tenth of the forget rows and score in between."""
+    """The relearning attack: fine-tune on a tenth of the forget rows, then score."""
 
     steps: Integer = Field(20, ge=1)
     lr: Number = Field(1e-4, gt=0, le=100)
 
 
 class EvaluationConfig(Section):
-    """What `evaluate` scores: tasks, models, attacks and drift, and on how many processes."""
+    """What `evaluate` scores: tasks, models, relearning and drift, and on how many processes."""
 
     tasks: list[TaskConfig] = Field(default_factory=list)
     models: dict[ModelName, PathText] = Field(
@@ -120,9 +118,6 @@ class EvaluationConfig(Section):
     relearning: RelearningConfig | None = Field(
         None, description="Run this attack on the unlearned (and the retrained) model; needs memory for gradients too."
     )
-    expert_forcing: bool = Field(
-        False, description="Also attack them by sending forget questions through other experts than the router chooses."
-    )
     drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
     max_new_tokens: Integer = Field(128, ge=1, description="verbatim, tofu: tokens generated.")
 
@@ -139,4 +134,4 @@ class EvaluationConfig(Section):
     @property
     def attacked(self) -> tuple[str, ...]:
         """The models that are attacked: the unlearned one, and the retrained one as the reference."""
-        return (UNLEARNED, self.retrained) if self.relearning is not None or self.expert_forcing else ()
+        return (UNLEARNED, self.retrained) if self.relearning is not None else ()
