@@ -107,6 +107,10 @@ class _LibraryLogger(logging.Logger):
             hdlr.setLevel(logging.ERROR)
         super().addHandler(hdlr)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        # where CI is set, transformers passes its records on to the root logger too, whose handlers print warnings
+        super().__setattr__(name, False if name == "propagate" else value)
+
 
 def quiet_libraries() -> None:
     """Keep warnings of libraries out of the terminal; errors still show, and ``stage_log`` keeps both. A library whose
@@ -115,7 +119,9 @@ def quiet_libraries() -> None:
     logging.setLoggerClass(_LibraryLogger)
     for name, level_variable in LIBRARIES.items():
         if level_variable not in os.environ:
-            for handler in logging.getLogger(name).handlers:  # it is imported already
+            logger = logging.getLogger(name)
+            logger.propagate = False
+            for handler in logger.handlers:  # it is imported already
                 if isinstance(handler, logging.StreamHandler):
                     handler.setLevel(logging.ERROR)
     logging.setLoggerClass(plain_logger)
