@@ -107,7 +107,7 @@ def test_the_terminal_tells_the_story(demo: Path) -> None:
 @pytest.mark.parametrize(("recipe", "apply"), [("demo", "loss"), ("demo", "sampling"), ("demo_verbatim", "sampling")])
 def test_weights_bring_selected_experts_closer(demo: Path, tmp_path: Path, recipe: str, apply: str) -> None:
     """The sentence of the abstract, on real routed data: nearer to the forget frequency than before, each by weights of
-    tokens, their sum by weights of rows, where each one that is not is named."""
+    tokens, their sum by weights of rows, under which a single expert may move away a little."""
     run = demo if recipe == "demo" else demo / "verbatim"
     for experts in ("all", "selected"):
         changes = [f"unlearning.apply={apply}", f"calibration.experts={experts}"]
@@ -118,9 +118,9 @@ def test_weights_bring_selected_experts_closer(demo: Path, tmp_path: Path, recip
         assert selected.any()
         before = np.abs(tensors["frequency_retain_LE"] - tensors["frequency_forget_LE"])[selected]
         after = np.abs(tensors["achieved_LE"] - tensors["frequency_forget_LE"])[selected]
-        away = int((after > before + 1e-9).sum())
-        named = [int(line.split()[0]) for line in calibration.summary["warnings"] if "ended farther from" in line]
-        assert after.sum() < before.sum() and named == ([away] if away else []) and not (away and apply == "loss")
+        assert after.sum() < before.sum()
+        if apply == "loss":
+            assert (after <= before + 1e-9).all()
 
 
 @pytest.mark.slow
