@@ -105,7 +105,7 @@ def tiny_model(family: str, device: Any, *, recompute: bool = False, bf16: bool 
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(0))
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device, torch.bfloat16) if bf16 else model.to(device)
 
 
@@ -410,7 +410,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path) -> di
 
     def engine() -> Any:
         model = bench_collect.build(family, shape, dtype, device, kernel)
-        model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train().requires_grad_(True)
         return Engine(model, adamw(model, 1e-6))
 

@@ -121,7 +121,7 @@ def test_a_model_sees_documents_alone(family: str, recompute: bool, models: dict
     adopt(model)
     assert model.config._attn_implementation == ATTENTION_NAME
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     upstream = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(2))
     with Squares({LENGTH, 61, 83, 31, 17, 96, 64}) as squares:

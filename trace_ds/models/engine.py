@@ -140,8 +140,8 @@ def initialize(
     arguments: dict[str, Any] = {}
     if ds_config["zero_optimization"]["stage"] == 3:
         ds_config = merge_ds_config({"zero_optimization": stage3_limits(model)}, ds_config)
-    if recompute:  # to each layer's end: ZeRO-3 releases a module's parameters when its forward pass ends
-        model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if parameters is not None:
         model.train()
         arguments["model_parameters"] = parameters(model)

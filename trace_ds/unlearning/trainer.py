@@ -296,8 +296,6 @@ def training_engine(
     if trained is not None:
         trainable.zero_untrained_rows(training.module, trained)
     serialization.install(training)
-    if settings.recompute and settings.zero_stage == 3:
-        keep_recomputed(training)
     if "offload_optimizer" in ds_config["zero_optimization"]:
         update_with_all_cores(training.optimizer.optimizer)
     return training
@@ -320,19 +318,3 @@ def update_with_all_cores(optimizer: Any) -> None:
             torch.set_num_threads(threads)
 
     optimizer.step = step
-
-
-def keep_recomputed(engine: Any) -> None:
-    """Parameters gathered for a recomputation stay until their module's backward pass releases them.
-
-    DeepSpeed gathers a module's parameters before its backward pass. The first saved tensor that this needs makes torch
-    run the layer's forward pass again, and DeepSpeed would release the parameters at the end of that.
-    """
-    offload = engine.optimizer.parameter_offload
-    release = offload.post_sub_module_forward_function
-
-    def release_unless_recomputing(module: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-            release(module)
-
-    offload.post_sub_module_forward_function = release_unless_recomputing
