@@ -289,7 +289,10 @@ def test_the_page_of_a_study_opens_with_its_verdict(name: str, target: float) ->
     row = next(r for r in mine[::-1] if len(r["seeds"]) == 5 and r["metric"] == mine[0]["metric"])
     differences = [a - b for a, b in zip(row["by_seed"], row["baseline_by_seed"], strict=True)]
     interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    outcome = {"entangled": "sampling is ahead of uniform: ", "verbatim": "No difference told between sampling and "}
+    outcome = {
+        "entangled": "sampling is ahead of uniform: ",
+        "verbatim": "No significant difference between sampling and ",
+    }
     assert (interval.low > 0) == (name == "entangled")
     sentences = re.split(r"</h1>\s*<p class=\"verdict\">", text)[1].partition("</p>")[0]
     assert sentences.startswith(outcome[name]) and sentences.count(". ") == 1

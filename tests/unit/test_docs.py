@@ -197,7 +197,7 @@ def test_the_comparisons_by_near_share_follow_from_the_published_scores(method: 
 
 MATCHED = {
     "selected": "the detected ones (`selected`)",
-    "random_experts": "control: as many at random (ten draws a split)",
+    "random_experts": "control: as many at random (ten draws per split)",
     "lowest_experts": "control: as many of the lowest ratio",
     "all": "all of the layers that are trained",
     "permuted": "control: detected, weights permuted over rows",

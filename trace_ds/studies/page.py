@@ -25,7 +25,7 @@ def study_verdict(result: Mapping[str, Any]) -> str:
     if row["difference_t_interval"] is None:
         return f"No verdict: {row['method']} and {baseline} both forgot on {len(row['seeds'])} of {seeds} seeds only."
     low, high = (row["difference_t_interval"][end] for end in ("low", "high"))
-    outcome = f"No difference told between {row['method']} and {baseline}"
+    outcome = f"No significant difference between {row['method']} and {baseline}"
     if low > 0 or high < 0:
         outcome = f"{row['method']} is {'ahead of' if low > 0 else 'behind'} {baseline}"
     strength = "at the same strength" if row["strength"] == SAME else f"each at its {row['strength']}"
