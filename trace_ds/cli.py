@@ -431,13 +431,12 @@ def plan(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Artefact, checkpoint, model or run directory.")],
-    json: JsonOption = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare hashes too.")] = False,
 ) -> None:
     """Show what a run, artefact, checkpoint or model is, and check that it is complete."""
     from trace_ds.stages.inspect import inspect_path
 
-    raise typer.Exit(inspect_path(path, json, verify))
+    raise typer.Exit(inspect_path(path, verify))
 
 
 @app.command()

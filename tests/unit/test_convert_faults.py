@@ -26,7 +26,6 @@ from trace_ds.checkpoints.elastic import write_universal
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
-from trace_ds.stages.inspect import inspect
 from trace_ds.tensors.opening import open_source
 from trace_ds.tensors.torch_archive import read_archive
 
@@ -260,7 +259,6 @@ def test_hostile_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
         with pytest.raises(UserError, match=r"refused|not a whole torch checkpoint file"):
             read(step / ZERO3)
     refused(step, tmp_path / "model", ZERO3, base_model=None)
-    assert ZERO3 in inspect(step).problems[0]
     assert not (tmp_path / "payload_ran").exists()
 
 
@@ -335,8 +333,6 @@ def test_the_trainers_folder_is_a_checkpoint_and_not_a_model(source: Path, tmp_p
     trainer = Path(shutil.copytree(base(), tmp_path / "trainer"))
     shutil.move(source, trainer / "global_step1")
     (trainer / "latest").write_text("global_step1")
-    result = inspect(trainer)
-    assert (result.kind, result.facts["optimizer_states"]) == ("deepspeed", ["exp_avg", "exp_avg_sq"])
     report = convert_checkpoint(trainer, tmp_path / "model", dtype="fp32")
     assert (report["source"]["kind"], report["source"]["step"]) == ("zero3", 1)
     original, converted = (load_file(folder / "model.safetensors") for folder in (base(), tmp_path / "model"))

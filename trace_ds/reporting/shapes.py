@@ -1,7 +1,6 @@
 """What a report takes from each JSON and YAML file of a run, as types: a file of another shape is damaged.
 
-Keys that no report reads may be anything. ``trace-ds inspect`` reads the same files by the same functions, so that both
-say the same line.
+Keys that no report reads may be anything.
 """
 
 from __future__ import annotations
