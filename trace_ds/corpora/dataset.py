@@ -267,7 +267,7 @@ class TokenDataset(TokenMap):
 
     def __init__(self, table: pa.Table) -> None:
         ids, documents = (table.column(name).chunks for name in ROW_SCHEMA.names)
-        lengths = [np.zeros(1, dtype=np.int64), *(np.diff(chunk.offsets.to_numpy()) for chunk in ids)]
+        lengths = [np.zeros(1, dtype=np.int64), *(np.diff(np.from_dlpack(chunk.offsets)) for chunk in ids)]
         document_ids_T = FlatArray([np.zeros(0, dtype=np.int32), *(_values(chunk) for chunk in documents)])
         last_document = int(document_ids_T[len(document_ids_T) - 1 :].max(initial=-1))
         mask_T: FlatArray | None = None
@@ -374,7 +374,8 @@ def open_stream(path: Path) -> pa.RecordBatchStreamReader:
 
 def _values(chunk: pa.ListArray) -> np.ndarray:
     """The values of all lists of a chunk, one after the other; a view of the file."""
-    return chunk.values.to_numpy(zero_copy_only=True)[chunk.offsets[0].as_py() : chunk.offsets[-1].as_py()]
+    values = np.from_dlpack(chunk.values)  # no copy; Array.to_numpy would import pandas in every rank
+    return values[chunk.offsets[0].as_py() : chunk.offsets[-1].as_py()]
 
 
 def _restarting_positions(documents_BS: np.ndarray) -> np.ndarray:
