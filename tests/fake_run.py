@@ -173,7 +173,7 @@ def _write_arm(
         done = 1 - float(np.exp(-step / 22))
         forget = knew - (knew - floor) * done / (1 - float(np.exp(-STEPS[-1] / 22)))
         utility = 0.98 - (0.12 - bonus) * done
-        curve.append({"step": step, "scores": _scores(forget, utility)})
+        curve.append({"step": step, "scores": _scores(forget, utility), "by_source": {}})
     drift = {
         side: {"overlap": [round(max(0.0, min(1.0, level + rng.normal(0, 0.03))), 6) for _ in range(layers)]}
         for side, level in (("forget", 0.6), ("retain", 0.92))

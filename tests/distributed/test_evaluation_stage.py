@@ -153,6 +153,7 @@ def test_results_have_the_agreed_form(
         ]
         assert {score["direction"] for score in result["scores"]} == {"lower"}
         assert result["scores"][0]["value"] == sum(item["correct"] for item in result["items"]["facts"]) / 12
+        assert result["by_source"]["facts"]["s0"]["n"] == 6
         assert (result["drift"] is not None) == (name == "unlearned")
     drift = case.result("unlearned")["drift"]
     for side in ("forget", "retain"):

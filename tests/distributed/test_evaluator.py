@@ -165,8 +165,8 @@ def test_what_ends_a_job(rows: dict[str, float] | None, accuracy: float | None, 
     bounds = {"until": ["forget_nll >= 3", "a accuracy <= 0.5"], "guards": ["retain_nll <= 4"]}
     settings = EvaluateConfig.model_validate({"every": 2, "tasks": ["a"], **bounds})
     scores = [{"task": "a", "metric": "accuracy", "value": accuracy}]
-    points = iter([({"forget_nll": 9.0, "retain_nll": 9.0}, {"scores": []})])
-    later = (rows or {}, None if rows is None else {"scores": scores})
+    points = iter([({"forget_nll": 9.0, "retain_nll": 9.0}, {"scores": [], "by_source": {}})])
+    later = (rows or {}, None if rows is None else {"scores": scores, "by_source": {}})
     given: list[Any] = []
 
     def next_rows(engine: Any) -> dict[str, float]:

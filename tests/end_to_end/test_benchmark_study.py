@@ -27,7 +27,7 @@ BENCH: dict[str, Any] = {
     "grid": {"unlearning.alpha": [1.0, 4.0]},
     "grids": {"uniform": {"unlearning.alpha": [1.0, 4.0, 1e38]}, "sampling": {"unlearning.alpha": [4.0]}},
     "forget": "questions_forget accuracy",
-    "utility": ["questions_forget exact_match", "questions_utility accuracy"],
+    "utility": ["questions_forget exact_match", "questions_utility accuracy util*"],
 }
 TASKS = ["questions_forget", "questions_utility"]
 
@@ -70,7 +70,7 @@ def test_a_killed_study_is_finished_and_a_second_one_writes_the_same_bytes(
 ) -> None:
     assert len(curves(study)) == 2 * (3 + 1)
     assert not list(study.glob("seed_*/**/step_*"))  # no weights are kept
-    before = {name: (study / name).read_bytes() for name in ("study.json", "frontier.csv")}
+    before = {name: (study / name).read_bytes() for name in ("study.json", "frontier.csv", "study.html")}
     again = server.run(["bench", recipe, "--run-dir", study, "--analyse"], recipe.parent)
     assert again.returncode == 0 and "No verdict: sampling and uniform both forgot on 0 of 2 seeds" in again.stdout
     assert {name: (study / name).read_bytes() for name in before} == before
@@ -85,7 +85,7 @@ def test_the_csv_alone_gives_the_comparisons_again(study: Path, recipe: Path) ->
     config, _ = load_config(str(recipe), [], "out")
     read = {
         "csv": read_curves(config, study / "frontier.csv"),
-        "runs": Study([str(recipe)], study, []).read_curves(),
+        "runs": Study([str(recipe)], study, []).read_curves()[0],
     }
 
     def measure(steps: list[int], forget: list[float], utility: list[float]) -> Matched:

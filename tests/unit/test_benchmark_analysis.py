@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.headless_chromium import Chromium, find_chromium
 from trace_ds.config.compose import recipe_names
 from trace_ds.config.load import dump_yaml, load_config, validate
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.studies import analysis, runs
-from trace_ds.studies.analysis import SAME, Comparison, Curve, matched, study_verdict
+from trace_ds.studies.analysis import SAME, Comparison, Curve, matched
+from trace_ds.studies.page import render_study
 
 ALPHA, LR = "unlearning.alpha", "unlearning.optimizer.lr"
 FORGET, KEPT = "bad accuracy", "good exact_match"
@@ -102,6 +106,8 @@ def test_every_run_is_a_variant_with_the_changes_of_its_method_alone(tmp_path: P
         ({"grids": {"sampling": {"unlearning.steps": [5]}}}, r"grids.sampling has unlearning.steps, which grid lacks"),
         ({"forget": "bad acuracy"}, r"'bad acuracy' is not 'TASK METRIC' of a task of unlearning.evaluate.tasks"),
         ({"grid": {"data.add_bos": [True]}}, r"a study may not change data.add_bos"),
+        ({"utility": ["text perplexity"]}, r"text perplexity does not grow with what is kept"),
+        ({"forget": "text perplexity"}, r"perplexity does not fall as more is forgotten"),
         ({"forget": "bad exact_match"}, r"exact_match has no chance level, so there is no forgetting target"),
         ({"margin": 1.0}, r"bench.margin \(0.25 \+ 1\): bad accuracy is a number from 0 to 1, not 1.25. Fix: give one"),
         ({"methods": {"uniform": {}, "b": {"calibration.rul": "x"}}}, r"unknown key 'calibration.rul'"),
@@ -125,6 +131,26 @@ def test_a_target_that_is_no_share_is_one_line(
     line = capsys.readouterr().err
     assert (ended.value.code, line.count("\n")) == (2, 1)
     assert f"{option}: symbols accuracy is a number from 0 to 1, not {values[-1]}. Fix: give one (30 % is 0.3)" in line
+
+
+def test_a_metric_may_be_restricted_to_sources() -> None:
+    sources = {
+        "near/a": {"n": 3, "exact_match": 1.0},
+        "near/b": {"n": 1, "exact_match": 0.0},
+        "mid": {"n": 6, "exact_match": 0.5},
+    }
+    scores = [
+        {"task": "good", "metric": "exact_match", "value": 0.6},
+        {"task": "t", "metric": "perplexity", "value": None},
+    ]
+    point = {"scores": scores, "by_source": {"good": sources}}
+    assert analysis.metric_of(point, KEPT) == 0.6
+    assert analysis.metric_of(point, "good exact_match near/*") == 0.75
+    assert math.isnan(analysis.metric_of(point, "t perplexity"))
+    by_source = {"t": {"a": {"n": 3, "perplexity": 2.0}, "b": {"n": 1, "perplexity": 32.0}}}
+    assert analysis.metric_of({"scores": [], "by_source": by_source}, "t perplexity *") == pytest.approx(
+        4.0
+    )  # by token
 
 
 def test_strengths_are_chosen_on_the_other_fold_only() -> None:
@@ -244,14 +270,21 @@ def test_the_smallest_difference_that_is_told_is_found_four_times_in_five() -> N
     assert (stats.ttest_1samp(draws_DN, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.parametrize(("name", "target"), [("entangled", 0.302), ("verbatim", 0.0653)])
-def test_the_verdict_of_a_published_study(name: str, target: float) -> None:
-    """Of the first method, where most seeds are compared."""
+def published_study(name: str, target: float) -> dict[str, Any]:
+    """study.json of a published study, as far as its curves tell it."""
     from tools.study_from_csv import read_curves
 
     studied, _ = load_config(f"bench_{name}", [], "out")
     curves = read_curves(studied, Path(__file__).parents[2] / f"docs/studies/{name}.csv")
-    result = Comparison(studied, curves, partial(matched, target=target)).summary()
+    measure = partial(matched, target=target)
+    return Comparison(studied, curves, measure).summary() | {"target": target, "references": {}, "made_with": [{}]}
+
+
+@pytest.mark.parametrize(("name", "target"), [("entangled", 0.302), ("verbatim", 0.0653)])
+def test_the_page_of_a_study_opens_with_its_verdict(name: str, target: float) -> None:
+    """The numbers that are computed, of the first method where most seeds are compared; table, plot and words later."""
+    result = published_study(name, target)
+    text = render_study(result)
     mine = [r for r in result["comparisons"] if (r["method"], r["at"]) == ("sampling", "post")]
     row = next(r for r in mine[::-1] if len(r["seeds"]) == 5 and r["metric"] == mine[0]["metric"])
     differences = [a - b for a, b in zip(row["by_seed"], row["baseline_by_seed"], strict=True)]
@@ -261,16 +294,35 @@ def test_the_verdict_of_a_published_study(name: str, target: float) -> None:
         "verbatim": "No significant difference between sampling and ",
     }
     assert (interval.low > 0) == (name == "entangled")
-    text = study_verdict(result)
+    sentences = re.split(r"</h1>\s*<p class=\"verdict\">", text)[1].partition("</p>")[0]
+    assert sentences.startswith(outcome[name]) and sentences.count(". ") == 1
     change = f"{np.mean(differences):+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]".replace("-", "−")
     power = f"tell a difference of {row['detectable']:.3f} four times in five."
     for part in (f"{row['value']:.3f} against {row['baseline']:.3f}, {change}", "on 5 of 5 seeds", power):
-        assert part in text
-    assert text.startswith(outcome[name])
+        assert part in sentences
+    places = [text.index(part) for part in (sentences, "<table>", "<svg", "What the words mean")]
+    assert places == sorted(places) and "<script" not in text
+    untuned = re.search(r'<th scope="row">weighting</th>.*?data-head="own alpha, lr">(.*?)</td>', text)
+    assert untuned is not None and untuned[1] == "<small>not tuned</small>"
 
 
 def test_a_study_on_which_nothing_can_be_compared_has_no_verdict() -> None:
     curves = [curve(s, "sampling", 4.0, [0.5, 0.5], 20 if s else None) for s in (0, 1)]
     curves += [curve(s, "uniform", 4.0, [0.4, 0.4], 20) for s in (0, 1)]
-    result = Comparison(config(), curves, AT_HALF).summary()
-    assert study_verdict(result) == "No verdict: sampling and uniform both forgot on 1 of 2 seeds only."
+    result = Comparison(config(), curves, AT_HALF).summary() | {"target": 0.5, "references": {}, "made_with": [{}]}
+    assert "No verdict: sampling and uniform both forgot on 1 of 2 seeds only." in render_study(result)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_chromium() is None and not os.environ.get("CI"), reason="no Chromium (apt-get install chromium)"
+)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_a_study_is_whole(tmp_path: Path, width: int) -> None:
+    (tmp_path / "study.html").write_text(render_study(published_study("entangled", 0.302)), encoding="utf-8")
+    with Chromium(width, 900, phone=width < 500) as browser:
+        browser.open(tmp_path / "study.html")
+        assert browser.run("document.documentElement.scrollWidth") <= width and browser.messages == []
+        outside = "[...document.querySelectorAll('table, td, svg, svg text, p')].filter((n) => {"
+        outside += " const box = n.getBoundingClientRect(); return box.left < 0 || box.right > innerWidth; }).length"
+        assert browser.run(outside) == 0 and browser.run("document.querySelectorAll('table, svg').length") > 3

@@ -128,10 +128,12 @@ def test_choice_equals_brute_force(model: LanguageModel) -> None:
         by_character = [total / len(choice) for total, choice in zip(sums, item.choices, strict=True)]
         assert log["predicted_norm"] == int(np.argmax(by_character))
         probability.append(np.exp(sums[item.answer]) / np.exp(sums).sum())
-    scores = result.metrics()
+    scores, sources = result.metrics(), result.by_source()
     assert scores["accuracy"] == np.mean([log["correct"] for log in result.logs])
     assert scores["choice_probability"] == pytest.approx(np.mean(probability), rel=1e-4)
     assert 0.2 < scores["exact_match"] < 0.8
+    assert set(sources) == {"a", "b"} and sources["a"]["n"] == 10
+    assert (sources["a"]["accuracy"] + sources["b"]["accuracy"]) / 2 == pytest.approx(scores["accuracy"])
 
 
 def test_verbmem_equals_the_way_of_muse(model: LanguageModel) -> None:
@@ -184,6 +186,7 @@ def test_knowmem_equals_brute_force(model: LanguageModel) -> None:
         answer = str(model.tokenizer.decode(ids, skip_special_tokens=True))
         assert log["continuation"] == answer
         assert score == max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in item.answers)
+    assert outcome.by_source()["s1"] == {"n": 2, "rouge_l": pytest.approx(outcome.columns["rouge_l"][1::2].mean())}
     assert (
         kinds.cut_answer("because\nof it\n\nand more") == "because\nof it"
         and kinds.cut_answer("because\nQuestion: x") == "because"
@@ -207,6 +210,7 @@ def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
             count += window.shape[1] - 1
     assert result.count() == count == sum(len(model.encode_document(document.text)) - 1 for document in documents)
     assert math.isclose(result.metrics()["perplexity"], math.exp(total / count), rel_tol=1e-6)
+    assert set(result.by_source()) == {"a", "b"}
     unlikely = kinds.PerplexityOutcome({"nll": np.array([1e4]), "tokens": np.array([1])}, [])
     assert unlikely.metrics()["perplexity"] == math.inf
 

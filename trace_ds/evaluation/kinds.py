@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,17 +40,34 @@ class Outcome:
     Attributes:
         columns: float64 [I] by name; the metrics are their means.
         logs: one JSON-ready record per item.
+        sources: of each item; empty: there are no scores by source.
     """
 
     columns: dict[str, np.ndarray]
     logs: list[dict[str, Any]]
+    sources: list[str] = field(default_factory=list)
 
-    def metrics(self) -> dict[str, float]:
-        return {name: float(np.mean(values_I)) for name, values_I in self.columns.items()}
+    def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
+        """Over all items, or over those of a bool mask [I]."""
+        return {name: float(np.mean(self.chosen(name, chosen_I))) for name in self.columns}
 
-    def count(self) -> int:
+    def count(self, chosen_I: np.ndarray | None = None) -> int:
         """How many items the metrics are made of."""
-        return len(self.logs)
+        return len(self.chosen(next(iter(self.columns)), chosen_I))
+
+    def chosen(self, name: str, chosen_I: np.ndarray | None) -> np.ndarray:
+        """A column at the items of a mask (None: all)."""
+        return self.columns[name] if chosen_I is None else self.columns[name][chosen_I]
+
+    def by_source(self) -> dict[str, dict[str, float]]:
+        """The count and the finite metrics of each source that has any, sorted by name."""
+        sources_I, by_name = np.array(self.sources), {}
+        for source in map(str, np.unique(sources_I)):
+            chosen_I = sources_I == source
+            if n := self.count(chosen_I):
+                metrics = {name: value for name, value in self.metrics(chosen_I).items() if math.isfinite(value)}
+                by_name[source] = {"n": n, **metrics}
+        return by_name
 
 
 def rounded(value: Any) -> float:
@@ -109,7 +126,7 @@ def evaluate_choice(
         "exact_match": exact_I,
         "choice_probability": softmax(log_prob_IC, axis=1)[np.arange(len(items)), answer_I],
     }
-    return Outcome(columns, logs)
+    return Outcome(columns, logs, [item.source for item in items])
 
 
 def rouge_l(reference: str, continuation: str) -> float:
@@ -164,7 +181,7 @@ def evaluate_verbatim(
     }
     beginnings = [item.prompt for item in items]
     logs = item_logs(items, columns, prompt=beginnings, reference=reference_texts, continuation=texts)
-    return Outcome(columns, logs)
+    return Outcome(columns, logs, [item.source for item in items])
 
 
 def prompt_of(question: str, examples: list[QuestionItem]) -> str:
@@ -196,24 +213,24 @@ def evaluate_knowmem(
     columns = {"rouge_l": np.array([max(rouge_l(answer, given) for answer in item.answers) for item, given in pairs])}
     questions, references = [item.question for item in items], [item.answers[0] for item in items]
     logs = item_logs(items, columns, prompt=questions, reference=references, continuation=answers)
-    return Outcome(columns, logs)
+    return Outcome(columns, logs, [item.source for item in items])
 
 
 @dataclass(frozen=True)
 class PerplexityOutcome(Outcome):
     """Its columns, by document: ``nll``, summed (float64, nats), and ``tokens``, counted."""
 
-    def metrics(self) -> dict[str, float]:
-        """exp(Σ NLL / counted tokens) over all documents (never a mean of means), infinite on overflow; a uniform guess
-        scores the vocabulary's size. Comparable only between models with one tokenizer."""
+    def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
+        """exp(Σ NLL / counted tokens) over all documents or those of a mask (never a mean of means), infinite on
+        overflow; a uniform guess scores the vocabulary's size. Comparable only between models with one tokenizer."""
         try:
-            return {"perplexity": math.exp(float(self.columns["nll"].sum()) / self.count())}
+            return {"perplexity": math.exp(float(self.chosen("nll", chosen_I).sum()) / self.count(chosen_I))}
         except OverflowError:
             return {"perplexity": math.inf}
 
-    def count(self) -> int:
+    def count(self, chosen_I: np.ndarray | None = None) -> int:
         """Counted tokens."""
-        return int(self.columns["tokens"].sum())
+        return int(self.chosen("tokens", chosen_I).sum())
 
 
 def windows(ids: list[int], context_length: int) -> list[Sequence]:
@@ -244,4 +261,4 @@ def evaluate_perplexity(
         log = {"id": str(number), "source": document.source, "text": beginning(document.text)}
         logs.append(log | {"nll": rounded(nll[-1]), "tokens": tokens[-1]})
     columns = {"nll": np.array(nll, dtype=np.float64), "tokens": np.array(tokens, dtype=np.int64)}
-    return PerplexityOutcome(columns, logs)
+    return PerplexityOutcome(columns, logs, [document.source for document in documents])

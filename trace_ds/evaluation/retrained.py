@@ -79,7 +79,7 @@ def priv_leak(member_auc: float, retrained_auc: float = 0.5) -> float:
 class MembershipOutcome(Outcome):
     """Its column ``min_k`` is larger for likelier members."""
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
         """The AUC over all items."""
         member_I, scores_I = np.array([log["member"] for log in self.logs]), self.columns["min_k"]
         return {MIN_K_AUC: auc(scores_I[member_I], scores_I[~member_I])}
@@ -155,7 +155,7 @@ def evaluate_tofu(
     questions = [item.question for item in items]
     shown = {"prompt": questions, "reference": references, "continuation": answers, "truth_ratio": ratios_I.tolist()}
     logs = item_logs(items, columns, **shown)
-    return Outcome(columns, logs)
+    return Outcome(columns, logs, [item.source for item in items])
 
 
 def with_retrained(result: dict[str, Any], retrained: dict[str, Any] | None) -> dict[str, Any]:

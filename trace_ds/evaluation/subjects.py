@@ -27,7 +27,7 @@ from trace_ds.tensors.model_files import model_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EVALUATION_FORMAT = 6  # raise it when a metric or the form of a result changes: old results are then computed anew
+EVALUATION_FORMAT = 5  # raise it when a metric or the form of a result changes: old results are then computed anew
 
 
 @dataclass(frozen=True)

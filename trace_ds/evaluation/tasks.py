@@ -14,10 +14,11 @@ from trace_ds.evaluation.metrics import METRICS, ROLE_OF, TASK_METRICS, directio
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores (as in the evaluation artefact) and per-item logs."""
+    """Scores (as in the evaluation artefact), per-item logs, and metrics by source."""
 
     scores: list[dict[str, Any]]
     items: list[dict[str, Any]]
+    by_source: dict[str, dict[str, float]]
 
 
 def run_task(
@@ -33,7 +34,7 @@ def run_task(
     where, kind = task.config.place, task.config.type
     if kind == "lm_eval":
         metrics, logs = harness.evaluate_harness(model, task.config)
-        return TaskResult(score_task_records(task, metrics, len(logs)), logs)
+        return TaskResult(score_task_records(task, metrics, len(logs)), logs, {})
     if kind == "choice":
         outcome = kinds.evaluate_choice(model, items, where, advance)
     elif kind == "verbatim":
@@ -46,7 +47,7 @@ def run_task(
         outcome = retrained.evaluate_membership(model, items, context_length, where, advance)
     else:
         outcome = kinds.evaluate_perplexity(model, items, context_length, where, advance)
-    return TaskResult(score_task_records(task, outcome.metrics(), outcome.count()), outcome.logs)
+    return TaskResult(score_task_records(task, outcome.metrics(), outcome.count()), outcome.logs, outcome.by_source())
 
 
 def score_task_records(task: Task, metrics: dict[str, float], n: int) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """``RUN/curve.json``: the scores of an unlearning job on its way, as it wrote them of itself.
 
 {"identity": …, "job": …, "made_with": {"device", "torch"}, "diverged": null or a step,
- "curve": [{"step": 0, "rows": {…}, "scores": [{"task", "metric", "value", …}]}, …]}
+ "curve": [{"step": 0, "rows": {…}, "scores": [{"task", "metric", "value", …}], "by_source": {task: {…}}}, …]}
 """
 
 from __future__ import annotations
@@ -44,15 +44,25 @@ def _check_point(point: Any) -> None:
 
 
 def check_scores(raw: dict[str, Any]) -> None:
-    """``ValueError`` unless ``raw`` holds ``scores``, as a point of a curve and an evaluation do."""
-    typed(raw, {"scores": list})
+    """``ValueError`` unless ``raw`` holds ``scores`` and ``by_source``, as a point of a curve and an evaluation do."""
+    typed(raw, {"scores": list, "by_source": dict})
     for score in raw["scores"]:
         if not isinstance(score, dict):
             raise ValueError("a score is no JSON object")
         typed(score, {"task": str, "metric": str})
-        value = score.get("value")
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"a score is {str(value)[:50]!r}")
+        require_number(score.get("value"))
+    for sources in raw["by_source"].values():
+        if not isinstance(sources, dict) or not all(isinstance(values, dict) for values in sources.values()):
+            raise ValueError("by_source is no object of objects")
+        for values in sources.values():
+            typed(values, {"n": int})
+            for value in values.values():
+                require_number(value)
+
+
+def require_number(value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"a score is {str(value)[:50]!r}")
 
 
 def scores_of(point: Mapping[str, Any]) -> dict[str, float | None]:

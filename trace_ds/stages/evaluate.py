@@ -280,6 +280,7 @@ def _score(job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageL
         "tasks": task_fingerprints(job.tasks, new_tokens),
         "scores": [],
         "items": {},
+        "by_source": {},
         "drift": None,
         "diverged": False,
     }
@@ -290,13 +291,14 @@ def _score(job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageL
             )
             result["scores"] += outcome.scores
             result["items"][task.config.name] = outcome.items
+            result["by_source"][task.config.name] = outcome.by_source
     except Diverged:
         scores = [record for task in job.tasks for record in score_task_records(task, {}, len(task.items))]
         log.line(
             f"warning: {subject.name} has diverged (its log-probabilities are not finite), so it has no scores: "
             "lower unlearning.optimizer.lr or the strength of the forget loss"
         )
-        return result | {"scores": scores, "items": {}, "diverged": True}
+        return result | {"scores": scores, "items": {}, "by_source": {}, "diverged": True}
     finally:
         progress.close()
     values = {f"{score['task']} {score['metric']}": score["value"] for score in result["scores"]}

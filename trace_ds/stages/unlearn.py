@@ -416,9 +416,14 @@ def _make_task_scorer(config: Config, engine: Any, world: World) -> Callable[[],
 
     def score() -> dict[str, Any] | None:
         try:
-            outcomes = [run_task(model, task, max_new_tokens=tokens, context_length=length) for task in tasks]
+            outcomes = {
+                task.config.name: run_task(model, task, max_new_tokens=tokens, context_length=length) for task in tasks
+            }
         except Diverged:
             return None
-        return {"scores": [record for outcome in outcomes for record in outcome.scores]}
+        return {
+            "scores": [record for outcome in outcomes.values() for record in outcome.scores],
+            "by_source": {name: outcome.by_source for name, outcome in outcomes.items()},
+        }
 
     return score

@@ -18,6 +18,7 @@ Shape legend: S scored steps.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from typing import Any
 
 from trace_ds.config.schema import Config
 from trace_ds.reporting.intervals import Interval, t_interval
-from trace_ds.reporting.page import describe_change, number
+from trace_ds.run.curve import scores_of
 from trace_ds.studies.runs import recipe_trial, require_bench
 
 SAME = "same strength"
@@ -92,6 +93,22 @@ class Curve:
 def _settings_of(strength: str) -> dict[str, str]:
     """``{"alpha": "16", "lr": "0.0005"}`` of ``alpha=16,lr=0.0005``."""
     return dict(part.split("=", 1) for part in strength.split(",") if part)
+
+
+def metric_of(point: Mapping[str, Any], name: str) -> float:
+    """``'TASK METRIC'`` or ``'TASK METRIC SOURCES'`` of an evaluation or a point of a curve; NaN without a value."""
+    task, metric, *pattern = name.split()
+    if not pattern:
+        value = scores_of(point).get(f"{task} {metric}")
+        return math.nan if value is None else float(value)
+    sources = point["by_source"].get(task, {})
+    chosen = [v for source, v in sources.items() if fnmatch.fnmatch(source, pattern[0])]
+    count = sum(v["n"] for v in chosen)
+    if not count or any(v.get(metric) is None for v in chosen):
+        return math.nan
+    if metric == "perplexity":  # of the tokens of all sources together
+        return math.exp(math.fsum(v["n"] * math.log(v[metric]) for v in chosen) / count)
+    return math.fsum(v["n"] * v[metric] for v in chosen) / count
 
 
 class Comparison:
@@ -278,35 +295,3 @@ def smallest_detectable(differences: Sequence[float], power: float = 0.8, level:
 def finite(value: float) -> float | None:
     """The value, or None for JSON when it is not a number."""
     return value if math.isfinite(value) else None
-
-
-def study_verdict(result: Mapping[str, Any]) -> str:
-    """Whether the first method beside the baseline is ahead of it, by how much, and what so many seeds can tell."""
-    row, baseline, seeds = headline(result), result["baseline"], len(result["seeds"])
-    if row["difference_t_interval"] is None:
-        return f"No verdict: {row['method']} and {baseline} both forgot on {len(row['seeds'])} of {seeds} seeds only."
-    low, high = (row["difference_t_interval"][end] for end in ("low", "high"))
-    outcome = f"No significant difference between {row['method']} and {baseline}"
-    if low > 0 or high < 0:
-        outcome = f"{row['method']} is {'ahead of' if low > 0 else 'behind'} {baseline}"
-    strength = "at the same strength" if row["strength"] == SAME else f"each at its {row['strength']}"
-    text = (
-        f"{outcome}: {row['metric']} at the same forgetting is {number(row['value'])} against "
-        f"{number(row['baseline'])}, {change(row)}, {strength}, on {len(row['seeds'])} of {seeds} seeds."
-    )
-    if row["detectable"] is not None:
-        text += f" So many seeds tell a difference of {number(row['detectable'])} four times in five."
-    return text
-
-
-def headline(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The comparison of the verdict: the first method beside the baseline by the first metric, at the strengths that
-    compare most seeds; of several, those that are tuned most."""
-    others = [row for row in result["comparisons"] if row["method"] != result["baseline"] and row["at"] == "post"]
-    rows = [row for row in others if row["tuned"] and all(row[key] == others[0][key] for key in ("method", "metric"))]
-    return max(reversed(rows), key=lambda row: len(row["seeds"]))
-
-
-def change(row: Mapping[str, Any]) -> str:
-    """The difference to the baseline, with its interval where there is one."""
-    return describe_change(row["difference"], *(row["difference_t_interval"] or {}).values())

@@ -8,6 +8,7 @@ Each run has its own config.yaml, scores itself while it trains and leaves ``cur
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -20,9 +21,10 @@ from typing import Any
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
 from trace_ds.config.schema import Config
+from trace_ds.config.sections.base import MAX_LENGTH
 from trace_ds.config.sections.bench import BenchConfig
 from trace_ds.errors import UserError
-from trace_ds.evaluation.metrics import METRICS, TASK_METRICS, require_level
+from trace_ds.evaluation.metrics import METRICS, TASK_METRICS, direction, require_level
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.pipeline import Request
 
@@ -53,7 +55,9 @@ class Trial:
     def name(self) -> str:
         """Name of its variant: ``uniform-alpha16-lr0.0005``."""
         words = (self.method, self.label.replace("=", "").replace(",", "-"))
-        return re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(word for word in words if word))
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(word for word in words if word))
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        return name if len(name) <= MAX_LENGTH else f"{name[: MAX_LENGTH - 9]}-{digest}"
 
 
 def require_bench(config: Config, where: str) -> BenchConfig:
@@ -136,18 +140,26 @@ def check_study(config: Config) -> None:
         raise UserError("the runs are not scored", "unlearning.evaluate.every", "set it: steps between scores")
     tasks = {task.name: TASK_METRICS[task.type] for task in config.evaluation.tasks if task.name in evaluate.tasks}
     for metric in (bench.forget, *bench.utility):
-        task, _, name = metric.partition(" ")
-        if name not in tasks.get(task, ()):
+        words = metric.split()
+        if len(words) not in (2, 3) or words[1] not in tasks.get(words[0], ()):
             choices = "; ".join(f"{name} {', '.join(metrics)}" for name, metrics in sorted(tasks.items()))
             problem = f"{metric!r} is not 'TASK METRIC' of a task of unlearning.evaluate.tasks"
             raise UserError(problem, "bench", f"use one of: {choices}")
-    forget = bench.forget.split()[1]
+    forget, utility = (metric.split()[1] for metric in (bench.forget, bench.utility[0]))
+    if direction(forget, "forget") != "lower":
+        raise UserError(f"{forget} does not fall as more is forgotten", "bench.forget", "choose another metric")
     if GOLD not in config.evaluation.models and METRICS[forget].chance is None:
         problem = f"there is no gold model, and {forget} has no chance level, so there is no forgetting target"
         fix = "name a model trained without the forget set as evaluation.models.gold"
         raise UserError(problem, "bench.forget", fix)
     forget_target(bench, 0.0 if GOLD in config.evaluation.models else METRICS[forget].chance or 0.0)
+    if direction(utility, "utility") != "higher":
+        problem = f"{bench.utility[0]} does not grow with what is kept, and strengths are tuned by the first metric"
+        raise UserError(problem, "bench.utility", "put another one first")
+    trials = trials_of(bench)
     for method in bench.methods:
-        if (own := recipe_trial(config, method)) not in trials_of(bench):
+        if (own := recipe_trial(config, method)) not in trials:
             problem = f"the grid for {method} lacks the recipe's own strength {own.label}"
             raise UserError(problem, "bench.grid", "add it: it is the strength at which methods are compared alike")
+    if len({trial.name for trial in trials}) < len(trials):
+        raise UserError("two runs of the study have one name", "bench.grid", "let its values be numbers or words")

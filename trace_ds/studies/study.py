@@ -5,8 +5,8 @@
     trace-ds submit RECIPE --study --run-dir STUDY                 # one ordinary SLURM job a seed, then
     trace-ds bench RECIPE --run-dir STUDY --analyse                # the comparison alone
 
-Writes ``study.json`` (every comparison with its intervals) and ``frontier.csv`` (every scored step of every run) from
-the runs' own files: the same runs give the same bytes.
+Writes ``study.html`` (verdict, table and plot), ``study.json`` (every comparison with its intervals) and
+``frontier.csv`` (every scored step of every run) from the runs' own files: the same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from trace_ds.config.schema import Config
 from trace_ds.errors import JobFailed, StopRequested, UserError
 from trace_ds.evaluation.metrics import METRICS
 from trace_ds.reporting.page import number
-from trace_ds.run.curve import check_scores, read_curve, scores_of
+from trace_ds.run.curve import check_scores, read_curve
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
-from trace_ds.run.foreign import read_object, reading
+from trace_ds.run.foreign import read_object
 from trace_ds.stages.pipeline import Request, check_early, run_verb
-from trace_ds.studies.analysis import Comparison, Curve, change, matched, study_verdict
+from trace_ds.studies.analysis import Comparison, Curve, finite, matched, metric_of
+from trace_ds.studies.page import change, notes, render_study, study_verdict
 from trace_ds.studies.runs import GOLD, check_study, forget_target, require_bench, run_of, seed_request, trials_of
 
 if TYPE_CHECKING:
@@ -62,43 +63,41 @@ class Study:
             f"{settings.evaluate.every}: {runs} methods and strengths on seeds {', '.join(map(str, self.bench.seeds))}"
         )
 
-    def read_curves(self) -> list[Curve]:
-        """Every run's curve; :class:`UserError` where one is missing or damaged."""
-        curves = []
+    def read_curves(self) -> tuple[list[Curve], list[dict[str, Any]]]:
+        """Every run's curve, and what they were made with; :class:`UserError` where one is missing or damaged."""
+        curves, made_with = [], set()
         for seed, request in self.requests.items():
             for trial in trials_of(self.bench):
                 raw = read_curve(run_of(request, trial).curve)
-                scores = {name: [_value(point, name) for point in raw["curve"]] for name in self.metrics}
+                scores = {name: [metric_of(point, name) for point in raw["curve"]] for name in self.metrics}
                 steps, diverged = [point["step"] for point in raw["curve"]], raw["diverged"] is not None
                 curves.append(Curve(seed, trial.method, trial.label, steps, scores, diverged))
-        return curves
+                made_with.add(tuple(sorted(raw["made_with"].items())))
+        return curves, [dict(pairs) for pairs in sorted(made_with)]
 
-    def target(self) -> float:
+    def read_references(self, seed: int) -> dict[str, dict[str, Any]]:
+        """The evaluations of the original and, where there is one, the gold model."""
+        request, fix = self.requests[seed], "make it again with `trace-ds evaluate CONFIG`"
+        evaluations = {}
+        for name in ("original", *request.written.evaluation.models):
+            path = request.run.evaluation / f"{name}.json"
+            evaluations[name] = read_object(path, "the evaluation", fix)
+            try:
+                check_scores(evaluations[name])
+            except ValueError as error:
+                raise UserError(f"the evaluation is damaged: {error}", str(path), fix) from None
+        return evaluations
+
+    def target(self, references: Mapping[int, Mapping[str, dict[str, Any]]]) -> float:
         """The mean of the gold models of all seeds, without gold models chance, plus the margin.
 
         The mean (our decision): no gold model ever saw what is to be forgotten, so they differ by the luck of a few
         hundred questions only, and a seed whose gold model was unlucky would ask for less than chance.
-
-        Raises:
-            UserError: an evaluation of a gold model is missing or damaged.
         """
-        golds, fix = [], "make it again with `trace-ds evaluate CONFIG`"
-        for request in self.requests.values():
-            if GOLD in request.written.evaluation.models:
-                path = request.run.evaluation / f"{GOLD}.json"
-                evaluation = read_object(path, "the evaluation", fix)
-                with reading(path, "the evaluation", fix):
-                    check_scores(evaluation)
-                golds.append(_value(evaluation, self.bench.forget))
+        golds = [metric_of(models[GOLD], self.bench.forget) for models in references.values() if GOLD in models]
         base = math.fsum(golds) / len(golds) if golds else METRICS[self.bench.forget.split()[1]].chance
         assert base is not None  # see check_study
         return forget_target(self.bench, base)
-
-
-def _value(point: Mapping[str, Any], name: str) -> float:
-    """``'TASK METRIC'`` of an evaluation or a point of a curve; NaN without a value."""
-    value = scores_of(point).get(name)
-    return math.nan if value is None else float(value)
 
 
 def run_study(
@@ -194,11 +193,23 @@ def run_seed(request: Request, regime: Regime | None) -> None:
 
 
 def analyse(study: Study) -> dict[str, Any]:
-    """Write and return ``study.json``, free of times and places, and write ``frontier.csv``."""
-    curves, target = study.read_curves(), study.target()
-    result = Comparison(study.config, curves, partial(matched, target=target)).summary() | {"target": target}
+    """Write and return ``study.json``, free of times and places, and write ``frontier.csv`` and ``study.html``."""
+    bench = study.bench
+    references = {seed: study.read_references(seed) for seed in bench.seeds}
+    curves, made_with = study.read_curves()
+    target = study.target(references)
+    comparison = Comparison(study.config, curves, partial(matched, target=target))
+    result = comparison.summary() | {
+        "target": target,
+        "references": {
+            str(seed): {name: {m: finite(metric_of(one, m)) for m in study.metrics} for name, one in models.items()}
+            for seed, models in references.items()
+        },
+        "made_with": made_with,
+    }
     write_json(study.directory / "study.json", result)
     write_text(study.directory / "frontier.csv", frontier_csv(curves, study.metrics))
+    write_text(study.directory / "study.html", render_study(result))
     return result
 
 
@@ -222,10 +233,4 @@ def print_result(result: dict[str, Any], study: Study) -> None:
             values = "–" if row["value"] is None else f"{number(row['value'])} {change(row)}"
             label = ", ".join(row[key] for key in ("metric", "strength", "method"))
             print(f"  {label}: {values} ({len(row['seeds'])} of {len(result['seeds'])} seeds)")
-    if result["nothing_to_forget"]:
-        seeds = ", ".join(map(str, result["nothing_to_forget"]))
-        print(f"WARNING nothing to forget on seeds {seeds}: the original model is at the target; they are left out")
-    for name in ("never_reached", "diverged"):
-        if result[name]:
-            print(f"{name.replace('_', ' ')}: {len(result[name])} runs (listed in study.json)")
-    print(f"numbers: {study.directory / 'study.json'} and frontier.csv")
+    print(*notes(result), f"page: {study.directory / 'study.html'}; numbers: study.json and frontier.csv", sep="\n")

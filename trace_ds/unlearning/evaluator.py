@@ -108,12 +108,13 @@ def _row_sums(engine: Any, fixed: FixedRows, world: World, batch_rows: int) -> n
 class Evaluator:
     """Scores an unlearning job while it trains (collective).
 
-    ``trainer_state["curve"]``, which checkpoints keep, holds a point for each evaluation: ``{"step", "rows",
-    "scores"}``.
+    ``trainer_state["curve"]``, which checkpoints keep, holds a point for each evaluation: ``{"step", "rows", "scores",
+    "by_source"}``.
 
     Attributes:
         rows: scores fixed rows, see :func:`score_rows`; None: none.
-        tasks: scores tasks, ``{"scores"}`` as in the evaluation artefact; None where log-probabilities are not finite.
+        tasks: scores tasks, ``{"scores", "by_source"}`` as in the evaluation artefact; None where log-probabilities are
+            not finite.
     """
 
     settings: EvaluateConfig
@@ -153,7 +154,7 @@ class Evaluator:
         """Score the model and add a point to the curve and to the log; JobFailed where it cannot be scored."""
         engine.eval()
         rows = self.rows(engine) if self.rows is not None else {}
-        tasks = self.tasks() if self.tasks is not None else {"scores": []}
+        tasks = self.tasks() if self.tasks is not None else {"scores": [], "by_source": {}}
         engine.train()
         if tasks is None:
             raise stopped(step, ["log-probabilities of a task are not finite"])

@@ -33,7 +33,8 @@ class BenchConfig(Section):
     forget: str = Field(description="'TASK METRIC' that says what is forgotten (lower is more).")
     utility: list[str] = Field(
         min_length=1,
-        description="'TASK METRIC' of what is kept; strengths are chosen by the first, where higher is better.",
+        description="'TASK METRIC' or 'TASK METRIC SOURCES' (a pattern such as near/*). The first one, where higher is "
+        "better, is what strengths are chosen by.",
     )
 
     @model_validator(mode="after")
