@@ -180,7 +180,7 @@ def _write_arm(
     }
     _write_evaluation(place, rng, "unlearned", forget, utility, drift, hostile)
     if checkpoints:
-        write_json(place / "curve.json", {"identity": "0", "made_with": {}, "diverged": None, "curve": curve})
+        write_json(place / "curve.json", {"identity": "0", "made_with": {}, "failed_after": None, "curve": curve})
 
 
 def _scores(forget: float, utility: float) -> list[dict[str, Any]]:

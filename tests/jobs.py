@@ -469,13 +469,20 @@ def saved_weights(model: Any) -> dict[str, np.ndarray]:
 def prepared_steps(world: Any, config: str, run_dir: str, overrides: list[str]) -> tuple[Any, Any, Any]:
     """(the engine of ``unlearn``, its objective, a function that makes a step by number): no logs, no checkpoints."""
     from trace_ds.stages import unlearn
+    from trace_ds.stages.training import model_settings
+    from trace_ds.unlearning.objective import make_objective
     from trace_ds.unlearning.trainer import run_step
 
     loaded, directory = load_config(config, overrides, run_dir)
     job = unlearn.check(loaded, RunDirectory.at(directory), world.size)
     batches = unlearn.make_unlearn_batches(job)
     engine, routers = unlearn.make_engine(job, world, batches)
-    objective, _ = unlearn.make_objective(job, world, engine, batches, {"step": 0, "seed": 0}, routers)
+    if routers is not None:
+        routers.begin(engine)
+    shape = {**model_settings(loaded), "seed": loaded.seed}
+    objective, _ = make_objective(
+        loaded.unlearning, job.info, world, batches, {"step": 0, "seed": 0}, job.anchored, routers, **shape
+    )
 
     def step(number: int) -> dict[str, float]:
         data = batches.at(number, world.rank, world.size)

@@ -40,7 +40,7 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     import torch
 
     from trace_ds.unlearning.needs import layers_held
-    from trace_ds.unlearning.objective import Unlearning, make_forget_retain
+    from trace_ds.unlearning.objective import make_objective
     from trace_ds.unlearning.trainer import run_step, training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)
@@ -49,7 +49,7 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     batches = OneBatch(rows, loaded.data.context_length, int(info.config["vocab_size"]))
     layers = layers_held(loaded.unlearning, info.decoder_layers)
     engine = training_engine(loaded.unlearning, info, world, 1, **shape(loaded), layers=layers)
-    objective, _ = make_forget_retain(
+    target, _ = make_objective(
         loaded.unlearning,
         info,
         world,
@@ -59,7 +59,6 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
         ep=loaded.distributed.ep,
         seed=loaded.seed,
     )
-    target = Unlearning(loaded.unlearning, objective, {})
 
     def step(number: int, batch: OneBatch) -> None:
         run_step(engine, world, batch.step, target, loaded.unlearning, number)

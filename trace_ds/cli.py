@@ -332,9 +332,9 @@ def report(
     """Write a run's report: one HTML page, CSV files and a model card."""
     from trace_ds.stages.pipeline import report_command
 
-    if not Path(configs[0]).is_dir():
+    if len(configs) > 1 or not Path(configs[0]).is_dir():
         return _run_verb("report", configs, run_dir, set_ or [], None, dry_run)
-    raise typer.Exit(report_command([Path(item) for item in configs]))
+    raise typer.Exit(report_command(Path(configs[0])))
 
 
 @app.command(hidden=True)

@@ -93,7 +93,7 @@ def test_a_job_that_keeps_nothing_leaves_its_curve(calibrated: tuple[Path, Path]
     settings = [*CURVE, "unlearning.forget_loss=graddiff", "unlearning.steps=5", "unlearning.optimizer.lr=0.03"]
     run_distributed(jobs.unlearn_job, 1, str(config), str(run.path), settings)
     expected = json.loads(run.curve.read_text())
-    assert [point["step"] for point in expected["curve"]] == [0, 2, 4, 5] and expected["diverged"] is None
+    assert [point["step"] for point in expected["curve"]] == [0, 2, 4, 5] and expected["failed_after"] is None
     assert curve_of(run.path, 5) == expected["curve"]
     alone = RunDirectory(copy_of(prepared, tmp_path / "alone"))
     (alone.path / "stop").touch()
@@ -109,7 +109,7 @@ def test_a_job_that_keeps_nothing_leaves_its_curve(calibrated: tuple[Path, Path]
     run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), guarded)
     assert check_unlearn(loaded, alone, 1).done()
     result = json.loads(alone.curve.read_text())
-    assert result["diverged"] == 2 and [point["step"] for point in result["curve"]] == [0, 2]
+    assert result["failed_after"] == 2 and [point["step"] for point in result["curve"]] == [0, 2]
     for damage in (
         {"curve": []},
         {"curve": [*result["curve"][::-1]]},

@@ -63,8 +63,8 @@ def test_runs_and_their_variants_fit_the_model(model: str, tmp_path: Path) -> No
     directory = write_model(tmp_path, model)
     for task in TASKS:
         request = Request.load([task, model], [f"model.path={directory}"], tmp_path / task).with_variants("all")
-        assert len(request.all()) == 7
-        for item in request.all():
+        assert len(request.run_and_variants()) == 7
+        for item in request.run_and_variants():
             check_unlearning_settings(item.config, inspect_model(request.config.model.path))
 
 

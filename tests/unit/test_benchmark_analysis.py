@@ -88,7 +88,7 @@ def test_every_run_is_a_variant_with_the_changes_of_its_method_alone(tmp_path: P
     recipe.write_text(dump_yaml(study), encoding="utf-8")
     request = runs.seed_request([str(recipe)], [], tmp_path / "study", 3)
     assert request.config.unlearning.seuf is not None and request.config.seed == 3
-    items = {item.config.name: item for item in request.all()}
+    items = {item.config.name: item for item in request.run_and_variants()}
     assert len(items) == 8 and (request.config.unlearning.keep, request.config.bench) == (0, None)
     for trial in runs.trials_of(study.bench):  # type: ignore[arg-type]
         item = items.get(trial.name, request)
@@ -245,7 +245,7 @@ def test_intervals_of_a_ratio_cover_the_truth_as_often_as_they_say(seeds: int) -
 @pytest.mark.parametrize("name", [name for name in recipe_names("run") if name.startswith("bench_")])
 def test_shipped_studies_can_be_run(name: str, tmp_path: Path) -> None:
     runs.check_study(load_config(name, [], "out")[0])
-    assert len(runs.seed_request([name], [], tmp_path, 1).all()) > 1
+    assert len(runs.seed_request([name], [], tmp_path, 1).run_and_variants()) > 1
 
 
 def test_utility_over_levels_is_read_off_the_lines_between_steps() -> None:

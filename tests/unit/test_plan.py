@@ -255,9 +255,9 @@ def test_the_frozen_copy_is_planned_as_the_job_makes_it(
     info = SimpleNamespace(decoder_layers=a.layers, config={"hidden_size": 8}, experts=a.experts)
     settings: dict[str, Any] = {"dtype": "bf16", "ep": 1, "seed": 0}
     world, batches = SimpleNamespace(device="cpu"), None
-    objective, _ = objective_module.make_forget_retain(config.unlearning, info, world, batches, {}, **settings)  # type: ignore[arg-type]
+    objective, _ = objective_module.make_objective(config.unlearning, info, world, batches, {}, **settings)  # type: ignore[arg-type]
     passes = job.passes()
-    frozen = objective.frozen  # type: ignore[attr-defined]
+    frozen = objective.forget_retain.frozen
     assert [passes.frozen_layers] == (layers or [0])
     assert passes.frozen_stays == (frozen is not None)
     assert passes.frozen_head == (frozen is not None and frozen.head_VD is not None)

@@ -125,8 +125,8 @@ def test_a_run_of_ours_is_taken_and_strangers_beside_ours_stay(project: Path) ->
         write(run.path / name)
         for name in ("notes.txt", "evaluation/notes.json", "checkpoints/step_1/x", "tb/x", "logs/x")
     ]
-    for request in Request.load(str(project / "mine.yaml"), [], run.path).with_variants("all").all():
-        request.check_places()
+    for request in Request.load(str(project / "mine.yaml"), [], run.path).with_variants("all").run_and_variants():
+        request.check_run_directory()
         request.run.clear_leftovers()
     assert all(path.read_text() == "a thesis" for path in kept)
     write(run.checkpoints / "step_000100" / "mp_rank_00_model_states.pt", "whose?")  # without a manifest

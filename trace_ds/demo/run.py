@@ -57,7 +57,7 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
         Request.load("demo_verbatim", changes, run_dir / "verbatim").with_variants("all"),
     ]
     for request in requests:
-        request.check_places()
+        request.check_run_directory()
     require_inputs_ours(run_dir)
     with locked(requests[0].run):
         remove_input_leftovers(run_dir)

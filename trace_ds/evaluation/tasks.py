@@ -50,6 +50,19 @@ def run_task(
     return TaskResult(score_task_records(task, outcome.metrics(), outcome.count()), outcome.logs, outcome.by_source())
 
 
+def run_tasks(
+    model: LanguageModel, tasks: list[Task], max_new_tokens: int, context_length: int, advance: Advance | None = None
+) -> dict[str, Any]:
+    """``scores`` of all tasks, and by the task's name its ``items`` and ``by_source``, as in a result."""
+    result: dict[str, Any] = {"scores": [], "items": {}, "by_source": {}}
+    for task in tasks:
+        outcome = run_task(model, task, max_new_tokens=max_new_tokens, context_length=context_length, advance=advance)
+        result["scores"] += outcome.scores
+        result["items"][task.config.name] = outcome.items
+        result["by_source"][task.config.name] = outcome.by_source
+    return result
+
+
 def score_task_records(task: Task, metrics: dict[str, float], n: int) -> list[dict[str, Any]]:
     """The scores of a task; ``value`` is None for a metric that is missing in ``metrics`` or not finite.
 

@@ -80,6 +80,8 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value`` on every rank, in rank order. Plain data only (numbers, text, lists, arrays)."""
+        if self.size == 1:
+            return [value]
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
@@ -105,6 +107,8 @@ class World:
 
     def broadcast(self, value: _T) -> _T:
         """The main process's ``value`` on every rank, whenever it has it. Plain data only."""
+        if self.size == 1:
+            return value
         self.wait_for_main()
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)

@@ -1,6 +1,6 @@
 """``RUN/curve.json``: the scores of an unlearning job on its way, as it wrote them of itself.
 
-{"identity": …, "job": …, "made_with": {"device", "torch"}, "diverged": null or a step,
+{"identity": …, "job": …, "made_with": {"device", "torch"}, "failed_after": null or a step,
  "curve": [{"step": 0, "rows": {…}, "scores": [{"task", "metric", "value", …}], "by_source": {task: {…}}}, …]}
 """
 
@@ -23,8 +23,8 @@ def read_curve(path: Path) -> dict[str, Any]:
     raw = read_object(path, "the curve", AGAIN)
     try:
         typed(raw, {"identity": str, "made_with": dict, "curve": list})
-        if raw.get("diverged") is not None:
-            typed(raw, {"diverged": int})
+        if raw.get("failed_after") is not None:
+            typed(raw, {"failed_after": int})
         if not raw["curve"]:
             raise ValueError("it has no point")
         for point in raw["curve"]:

@@ -47,10 +47,6 @@ class CollectJob:
     inputs: dict[str, dict[str, str]]
     settings: dict[str, dict[str, Any]]
 
-    @property
-    def directories(self) -> tuple[Path, ...]:
-        return Path(self.info.path), self.place.data
-
     def identity(self, side: str) -> str:
         """Identity of the statistics to collect for one side."""
         return artefact.identity_of("statistics", self.inputs[side], self.settings[side])

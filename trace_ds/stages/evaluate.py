@@ -7,12 +7,10 @@ with its parent run from there.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.base import ORIGINAL, UNLEARNED
@@ -46,8 +44,6 @@ if TYPE_CHECKING:
     from trace_ds.evaluation.language_model import LanguageModel
     from trace_ds.parallel.world import World
 
-_T = TypeVar("_T")
-
 
 @dataclass(frozen=True)
 class EvaluateJob:
@@ -65,10 +61,6 @@ class EvaluateJob:
     identities: dict[str, str]
     data: artefact.Artefact | None
 
-    @property
-    def directories(self) -> tuple[Path, ...]:
-        return (*(subject.path for subject in self.subjects), *([self.place.data] if self.data else []))
-
     def result_path(self, name: str) -> Path:
         return self.place.evaluation / f"{name}.json"
 
@@ -85,23 +77,20 @@ class EvaluateJob:
         refers = {"membership", "tofu"} & {task.config.type for task in self.tasks}  # to scores of another model
         return len(self.scored()) == len(self.identities) and not self.strangers() and not refers
 
-    def run(self, world: World | None = None) -> None:
-        """Score every model of the run.
-
-        With a ``world`` (collectively, on every process) the batches of every task are shared out; the scores are those
-        of one process. The main process alone writes.
-        """
-        is_main = world is None or world.is_main
+    def run(self, world: World | None) -> None:
+        """Score every model of the run (collectively: the batches of every task are shared out; the scores are those of
+        one process). The main process alone writes."""
+        assert world is not None
         try:
-            _on_main(world, lambda: self.place.evaluation.mkdir(parents=True, exist_ok=True))
-            with _threads(self.config.distributed.threads), stage_log(self.place, "evaluate", enabled=is_main) as log:
-                _on_main(world, lambda: _take_existing(self, log))
+            world.run_on_main_and_broadcast(lambda: self.place.evaluation.mkdir(parents=True, exist_ok=True))
+            with stage_log(self.place, "evaluate", enabled=world.is_main) as log:
+                world.run_on_main_and_broadcast(lambda: _take_existing(self, log))
                 scored = _score_missing(self, log, world)
-                _on_main(world, lambda: _refer_to_retrained(self, log))
-                if is_main and scored:
+                world.run_on_main_and_broadcast(lambda: _refer_to_retrained(self, log))
+                if world.is_main and scored:
                     results = [read_object(self.result_path(name), "the result", "") for name in self.identities]
                     log.done(f"{len(results)} models: {score_changes(results, ORIGINAL, UNLEARNED) or 'no tasks'}")
-                elif is_main:
+                elif world.is_main:
                     already_done("evaluate", self.place)
         except OSError as error:
             raise unwritable(self.place.evaluation, error) from error
@@ -169,12 +158,6 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> EvaluateJob:
     return EvaluateJob(config, run, tasks, subjects, identities, data)
 
 
-def _on_main(world: World | None, work: Callable[[], _T]) -> _T:
-    """Let the main process do ``work`` and return its result on all (collective): a full disk there must not leave the
-    others waiting."""
-    return work() if world is None else world.run_on_main_and_broadcast(work)
-
-
 def _refer_to_retrained(job: EvaluateJob, log: StageLog) -> None:
     """Complete the scores of membership and TOFU tasks that refer to the retrained model, once all are scored."""
     from trace_ds.evaluation.retrained import with_retrained
@@ -209,7 +192,7 @@ def _take_existing(job: EvaluateJob, log: StageLog) -> None:
             log.detail(f"{name}: taken from the parent run")
 
 
-def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool:
+def _score_missing(job: EvaluateJob, log: StageLog, world: World) -> bool:
     """Score the models that have no valid result; returns whether there were any."""
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.evaluation import drift
@@ -217,7 +200,7 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
     from trace_ds.evaluation.relearning import attack, training_settings
 
     config, evaluation = job.config, job.config.evaluation
-    scored = _on_main(world, job.scored)
+    scored = world.run_on_main_and_broadcast(job.scored)
     missing = [subject.name for subject in job.subjects if subject.name not in scored]
     if not missing:
         return False
@@ -226,7 +209,7 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, evaluation.batch_rows)
     sharding = Sharding(evaluation.ep, evaluation.zero_stage)
     path = config.model.tokenizer_path
-    tokenizer = load_tokenizer(path) if world is None else world.run_on_main_first(lambda: load_tokenizer(path))
+    tokenizer = world.run_on_main_first(lambda: load_tokenizer(path))
     attacked = {name for name in missing if name in evaluation.attacked}
     measures_drift = evaluation.drift and UNLEARNED in missing
     original_routing: dict[str, RoutingSample] = {}
@@ -253,7 +236,7 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World | None) -> bool
                 length, seed = config.data.context_length, config.seed
                 attack(model, result, evaluation, job.tasks, forget, context_length=length, seed=seed)
         if result is not None:
-            _on_main(world, functools.partial(_write, job, name, result, log))
+            world.run_on_main_and_broadcast(functools.partial(_write, job, name, result, log))
     return True
 
 
@@ -267,33 +250,24 @@ def _write(job: EvaluateJob, name: str, result: dict[str, Any], log: StageLog) -
 def _score(job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageLog) -> dict[str, Any]:
     """The result of one model, without its drift; of a diverged model all values are None."""
     from trace_ds.evaluation.language_model import Diverged
-    from trace_ds.evaluation.tasks import run_task, score_task_records
+    from trace_ds.evaluation.tasks import run_tasks, score_task_records
 
-    new_tokens, context_length = job.config.evaluation.max_new_tokens, job.config.data.context_length
-    progress = Progress(log, subject.name, sum(task.units for task in job.tasks), unit="item")
+    tasks, new_tokens = job.tasks, job.config.evaluation.max_new_tokens
+    progress = Progress(log, subject.name, sum(task.units for task in tasks), unit="item")
     result: dict[str, Any] = {
         "format": EVALUATION_FORMAT,
         "identity": job.identities[subject.name],
         "model": subject.name,
         "model_fingerprint": subject.fingerprint,
         **provenance(subject.path),
-        "tasks": task_fingerprints(job.tasks, new_tokens),
-        "scores": [],
-        "items": {},
-        "by_source": {},
+        "tasks": task_fingerprints(tasks, new_tokens),
         "drift": None,
         "diverged": False,
     }
     try:
-        for task in job.tasks:
-            outcome = run_task(
-                model, task, max_new_tokens=new_tokens, context_length=context_length, advance=progress.advance
-            )
-            result["scores"] += outcome.scores
-            result["items"][task.config.name] = outcome.items
-            result["by_source"][task.config.name] = outcome.by_source
+        result |= run_tasks(model, tasks, new_tokens, job.config.data.context_length, progress.advance)
     except Diverged:
-        scores = [record for task in job.tasks for record in score_task_records(task, {}, len(task.items))]
+        scores = [record for task in tasks for record in score_task_records(task, {}, len(task.items))]
         log.line(
             f"warning: {subject.name} has diverged (its log-probabilities are not finite), so it has no scores: "
             "lower unlearning.optimizer.lr or the strength of the forget loss"
@@ -305,16 +279,3 @@ def _score(job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageL
     summary = ", ".join(f"{name} {'–' if value is None else f'{value:.4g}'}" for name, value in values.items())
     log.detail(f"{subject.name}: {summary or 'no tasks'}")
     return result
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Run with a fixed number of CPU threads (results depend on it bitwise) and put the former one back."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -171,28 +171,28 @@ def find_models(config: Config, verb: str, *, download: bool) -> dict[str, str]:
     if download:  # a gated data set is refused before a terabyte of weights comes
         for key, entry in _hub_data(config, verb).items():
             missing_data_bytes(entry, key)
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for key, name in names.items():
         if download:
             folder: Path | None = download_model(name, key, weights=_needs_weights(key, verb))
         else:
             folder = cached_model(name)
         if folder is not None:
-            places[str(name)] = str(folder)
-    return places
+            paths[str(name)] = str(folder)
+    return paths
 
 
 def with_cached(config: Config) -> Config:
     """``config`` with directories for the models that the hub's cache has."""
-    return with_places(config, find_models(config, "run", download=False))
+    return with_model_paths(config, find_models(config, "run", download=False))
 
 
-def with_places(config: Config, places: Mapping[str, str]) -> Config:
-    """``config`` with directories in place of the names that ``places`` has."""
-    if not places:
+def with_model_paths(config: Config, paths: Mapping[str, str]) -> Config:
+    """``config`` with directories in place of the names that ``paths`` has."""
+    if not paths:
         return config
-    changes = {key: places[path] for key in ("path", "tokenizer") if (path := getattr(config.model, key)) in places}
-    models = {name: places.get(path, path) for name, path in config.evaluation.models.items()}
+    changes = {key: paths[path] for key in ("path", "tokenizer") if (path := getattr(config.model, key)) in paths}
+    models = {name: paths.get(path, path) for name, path in config.evaluation.models.items()}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=changes),

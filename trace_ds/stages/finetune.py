@@ -41,10 +41,6 @@ class FinetuneJobs:
     place: RunDirectory
     models: list[FinetuneJob]
 
-    @property
-    def directories(self) -> tuple[Path, ...]:
-        return Path(self.config.model.path), self.place.data
-
     def done(self) -> bool:
         return all(job.is_done() for job in self.models)
 

@@ -2,9 +2,13 @@
 
     prepare → (finetune) → collect → calibrate → unlearn → convert → evaluate → report
 
-A stage is a module ``stages/NAME.py`` (:class:`StageModule`) that checks a job, and the job (:class:`Job`), which knows
-how to do its work. It is checked once, in the process that was started: the job then runs there or is handed to local
-ranks. Under a launcher every process is a rank already: the main one checks, and all get the job from it.
+A stage is a module ``stages/NAME.py`` with two functions, which raise :class:`trace_ds.errors.UserError`:
+
+    preflight(config, run, processes, *, download)   what can be wrong before earlier stages have run
+    check(config, run, processes) -> Job             everything else that can be wrong before a weight is loaded
+
+The job is checked once, in the process that was started: it then runs there or is handed to local ranks. Under a
+launcher every process is a rank already: the main one checks, and all get the job from it.
 
 To add a stage, write its module and give it a line in :data:`STAGES`.
 """
@@ -17,10 +21,10 @@ import importlib
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trace_ds.config.load import dump_yaml, load_config, variants_of, with_changes
 from trace_ds.config.schema import Config
@@ -29,7 +33,7 @@ from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import require_apart
 from trace_ds.run.log import already_done
-from trace_ds.stages.fetch import find_models, with_places
+from trace_ds.stages.fetch import find_models, with_model_paths
 from trace_ds.stages.inputs import with_sizes_here
 
 if TYPE_CHECKING:
@@ -42,29 +46,12 @@ JOB_VARIABLE = "TRACE_DS_JOB_FD"  # descriptor of the memory file with the job o
 class Job(Protocol):
     """A checked job: it holds its configuration, run directory and inputs, and can be sent to the ranks that do it."""
 
-    @property
-    def directories(self) -> Sequence[Path]:
-        """Directories that every rank reads."""
-        ...
-
     def done(self) -> bool:
         """Whether there is nothing to do. Artefacts are compared by their hashes."""
         ...
 
     def run(self, world: World | None) -> None:
         """Do what is not done yet; ``world`` is None for a stage of one process."""
-        ...
-
-
-class StageModule(Protocol):
-    """The functions of ``stages/NAME.py``; they raise :class:`trace_ds.errors.UserError`."""
-
-    def preflight(self, config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
-        """Check what can be wrong before earlier stages have run."""
-        ...
-
-    def check(self, config: Config, run: RunDirectory, processes: int) -> Job:
-        """Check everything else that can be wrong before a weight is loaded."""
         ...
 
 
@@ -76,20 +63,16 @@ class Stage:
         shared: its result belongs to a run and its variants; the run alone makes it.
         section: the section of the configuration whose ``nproc`` is its number of processes; "": one.
         after_finetune: it works on the model that ``finetune`` makes, where the configuration asks for that.
-        optional: `run` has it where the configuration has a section of its name.
-        report: it reads the artefacts of a run and its variants together, and no model.
     """
 
     name: str
     shared: bool = False
     section: str = ""
     after_finetune: bool = True
-    optional: bool = False
-    report: bool = False
 
     @property
-    def module(self) -> StageModule:
-        return cast(StageModule, importlib.import_module(f"trace_ds.stages.{self.name}"))
+    def module(self) -> Any:
+        return importlib.import_module(f"trace_ds.stages.{self.name}")
 
     def processes(self, config: Config) -> int:
         """Local processes without a launcher: as configured, else one per accelerator, else one."""
@@ -102,13 +85,13 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("prepare", shared=True, after_finetune=False),
-        Stage("finetune", shared=True, section="distributed", after_finetune=False, optional=True),
+        Stage("finetune", shared=True, section="distributed", after_finetune=False),
         Stage("collect", shared=True, section="distributed"),
         Stage("calibrate"),
         Stage("unlearn", section="distributed"),
         Stage("convert"),
         Stage("evaluate", section="evaluation"),
-        Stage("report", report=True),
+        Stage("report"),
     )
 }
 
@@ -119,13 +102,13 @@ class Request:
 
     Attributes:
         written: the merged and validated configuration, which is stored in config.yaml; models may be named by the hub.
-        places: directories of the models that it names on the hub (:meth:`located`), by their names.
+        model_paths: directories of the models that it names on the hub (:meth:`located`), by their names.
         chosen: names of the variants that `run` does too (:meth:`with_variants`); none by default.
     """
 
     written: Config
     run: RunDirectory
-    places: Mapping[str, str] = field(default_factory=dict)
+    model_paths: Mapping[str, str] = field(default_factory=dict)
     chosen: tuple[str, ...] = ()
 
     @classmethod
@@ -137,7 +120,7 @@ class Request:
     @property
     def config(self) -> Config:
         """The configuration for stages: models are directories, expert-parallel sizes numbers."""
-        return with_sizes_here(with_places(self.written, self.places))
+        return with_sizes_here(with_model_paths(self.written, self.model_paths))
 
     def located(self, verb: str, *, download: bool) -> Request:
         """The request with directories for the models that ``verb`` needs; without ``download``, a model that is not in
@@ -145,7 +128,7 @@ class Request:
 
         A job under a launcher, a dry run and a look at a run (doctor, plan, submit) never download.
         """
-        return replace(self, places=find_models(self.written, verb, download=download))
+        return replace(self, model_paths=find_models(self.written, verb, download=download))
 
     def with_variants(self, names: str) -> Request:
         """The request with these variants chosen: ``all``, or names with commas between them; "" chooses none."""
@@ -167,9 +150,9 @@ class Request:
             raise UserError(f"the configuration has no variant {name!r}", "--variant", f"use one of its own: {names}")
         changed = with_changes(self.written, self.written.variants[name], f"variants.{name}")
         changed = changed.model_copy(update={"variants": {}, "name": name})
-        return Request(changed, self.run.variant(name, dump_yaml(changed)), self.places)
+        return Request(changed, self.run.variant(name, dump_yaml(changed)), self.model_paths)
 
-    def all(self) -> list[Request]:
+    def run_and_variants(self) -> list[Request]:
         """The run and its chosen variants."""
         return [self, *(self.variant(name) for name in self.chosen)]
 
@@ -177,11 +160,11 @@ class Request:
         """The stages that a verb runs, in order, each with the run or variant that it works on."""
         if verb != RUN:
             return [(STAGES[verb], self)]
-        stages = [
-            stage for stage in STAGES.values() if not stage.optional or getattr(self.written, stage.name) is not None
-        ]
+        stages = [stage for name, stage in STAGES.items() if name != "finetune" or self.written.finetune is not None]
         return [
-            (stage, request) for stage in stages for request in ([self] if stage.shared or stage.report else self.all())
+            (stage, request)
+            for stage in stages
+            for request in ([self] if stage.shared or stage.name == "report" else self.run_and_variants())
         ]
 
     def stage_names(self, verb: str) -> list[str]:
@@ -193,9 +176,9 @@ class Request:
 
         return Request(after_finetune(self.config, self.run), self.run) if stage.after_finetune else self
 
-    def check_places(self) -> None:
+    def check_run_directory(self) -> None:
         """Refuse a run directory that is not ours, or that lies in, on or around what the configuration reads."""
-        for item in self.all():
+        for item in self.run_and_variants():
             require_apart(self.run.outputs, _inputs_of(item.config))
         self.run.require_ours()
 
@@ -221,12 +204,12 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         return _show_plan(verb, request)
     if launched() and verb != RUN and STAGES[verb].section:
         return _run_as_rank(STAGES[verb], request)
-    if not all(stage.report for stage, _ in work):
+    if verb != "report":
         request = request.located(verb, download=True)
     check_early(verb, request)
     with locked(request.run, replaces_inputs=any(stage.shared for stage, _ in work)) as lock:
         for stage, item in request.work(verb):
-            if status := _run_stage(stage, item, lock):
+            if status := run_stage(stage, item, lock):
                 return status
     return 0
 
@@ -256,8 +239,8 @@ def check_early(verb: str, request: Request, world_size: int | None = None, *, d
     from trace_ds.stages.finetune import require_models
 
     with contextlib.nullcontext() if download else cache_only():
-        for item in request.all() if verb == RUN else [request]:
-            item.check_places()
+        for item in request.run_and_variants() if verb == RUN else [request]:
+            item.check_run_directory()
         for stage, item in request.work(verb):
             if stage.shared and item.run.parent is not None:
                 raise UserError(
@@ -278,7 +261,7 @@ def check_early(verb: str, request: Request, world_size: int | None = None, *, d
             stage.module.preflight(seen.config, seen.run, processes, download=download)
 
 
-def _run_stage(stage: Stage, request: Request, lock: Sequence[int]) -> int:
+def run_stage(stage: Stage, request: Request, lock: Sequence[int]) -> int:
     """Check a stage and do its work, here or in local ranks. Once its input is known to be right, config.yaml becomes
     that of this request."""
     request.run.clear_leftovers()
@@ -291,7 +274,7 @@ def _run_stage(stage: Stage, request: Request, lock: Sequence[int]) -> int:
         already_done(stage.name, run)
         return 0
     if not stage.section or (processes == 1 and not accelerator_count()):
-        with _alone(config) if stage.section == "distributed" else contextlib.nullcontext() as world:
+        with world_of_one(stage, config) if stage.section else contextlib.nullcontext() as world:
             job.run(world)
         run.store_config()
         return 0
@@ -299,34 +282,8 @@ def _run_stage(stage: Stage, request: Request, lock: Sequence[int]) -> int:
     return _launch(job, processes, config, lock)
 
 
-def run_stage(name: str, config: Config, run: RunDirectory, world: World | None = None) -> None:
-    """Check a stage and do what is not done of it, in this process (with a ``world``: of every rank, collectively)."""
-    module = STAGES[name].module
-    if world is not None:
-        _checked_job(world, lambda: module.check(config, run, world.size)).run(world)
-        return
-    job = module.check(config, run, 1)
-    if job.done():
-        already_done(name, run)
-    else:
-        job.run(None)
-
-
-def _checked_job(world: World, check: Callable[[], Job]) -> Job:
-    """The job that the main process has checked, on every rank, each of which sees the directories (collective)."""
-    job = world.run_on_main_and_broadcast(check)
-
-    def require_visible() -> None:
-        for path in job.directories:
-            if not path.is_dir():
-                raise UserError("this node does not see the directory", str(path), "mount it on every node")
-
-    world.check_on_all_ranks(require_visible)
-    return job
-
-
 @contextlib.contextmanager
-def _alone(config: Config) -> Iterator[World]:
+def world_of_one(stage: Stage, config: Config) -> Iterator[World]:
     """A world of this process alone, for a stage that is written for many ranks.
 
     Starting Python, torch and DeepSpeed anew would take longer than small jobs do. With an accelerator a job has a
@@ -334,7 +291,7 @@ def _alone(config: Config) -> Iterator[World]:
     """
     import torch
 
-    from trace_ds.parallel.world import join
+    from trace_ds.parallel.world import World, join
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -343,6 +300,10 @@ def _alone(config: Config) -> Iterator[World]:
     variables, threads = dict(os.environ), torch.get_num_threads()
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        if stage.section == "evaluation":  # a whole model needs no DeepSpeed, and no group
+            torch.set_num_threads(config.distributed.threads)
+            yield World(0, 1, torch.device("cpu"))
+            return
         # the group stays: DeepSpeed keeps groups of experts that it made, and takes them again in the next stage
         yield join(config.distributed.threads, config.distributed.timeout_minutes)
     finally:
@@ -414,25 +375,22 @@ def _run_as_rank(stage: Stage, request: Request) -> int:
             stack.enter_context(locked(request.run, replaces_inputs=stage.shared))
             request.run.clear_leftovers()
             seen = request.seen_by(stage)
-            return stage.module.check(seen.config, seen.run, world.size)
+            job: Job = stage.module.check(seen.config, seen.run, world.size)
+            return job
 
-        _checked_job(world, check).run(world)
+        world.run_on_main_and_broadcast(check).run(world)
         if world.is_main:
             request.run.store_config()
         world.barrier()
     return 0
 
 
-def report_command(paths: list[Path]) -> int:
+def report_command(path: Path) -> int:
     """``trace-ds report RUN``."""
     from trace_ds.stages.report import report
 
-    if len(paths) > 1:
-        raise UserError(
-            "a report is of one run", str(paths[1]), "runs of several seeds are compared by `trace-ds bench`"
-        )
-    if not (paths[0] / "config.yaml").is_file():
-        raise UserError("this is not a run directory (no config.yaml)", str(paths[0]), "give a run directory")
-    with locked(run := RunDirectory.at(paths[0])):
+    if not (path / "config.yaml").is_file():
+        raise UserError("this is not a run directory (no config.yaml)", str(path), "give a run directory")
+    with locked(run := RunDirectory.at(path)):
         report(run)
     return 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import Manifest
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.run.log import StageLog
     from trace_ds.unlearning.batches import Batches
-    from trace_ds.unlearning.evaluator import Evaluator, FixedRows
+    from trace_ds.unlearning.evaluator import Evaluator
     from trace_ds.unlearning.grip import Projection
-    from trace_ds.unlearning.objective import Unlearning
 
 
-CURVE_VERSION = 3  # increment it when the numerical result of a step changes: curves are then computed anew
+CURVE_VERSION = 4  # increment it when the numerical result of a step changes: curves are then computed anew
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class UnlearnJob:
     """The checked job.
 
     Attributes:
-        place: its run directory.
-        routing: forget and retain statistics, if a fixed set of rows is scored during training; empty otherwise.
-        statistics: statistics by corpus (forget, alternative), where the frozen model's losses or gates are needed.
+        run_dir: its run directory.
+        statistics: statistics by corpus, where the frozen model's losses, gates or routing are needed.
+        tasks: those that are scored while the model is trained, with their items.
         experts: trained experts by decoder layer; None: all.
         anchored: SEUF's MoE layer and its experts.
         layers: number of leading decoder layers that are loaded; None: the whole model (:func:`layers_held`).
@@ -52,12 +51,12 @@ class UnlearnJob:
     """
 
     config: Config
-    place: RunDirectory
+    run_dir: RunDirectory
     info: ModelInfo
     data: artefact.Artefact
     calibration: artefact.Artefact
-    routing: dict[str, artefact.Artefact]
     statistics: dict[str, artefact.Artefact]
+    tasks: list[Task]
     experts: dict[int, tuple[int, ...]] | None
     anchored: tuple[int, tuple[int, ...]] | None
     layers: int | None
@@ -65,25 +64,21 @@ class UnlearnJob:
     curve: str
 
     @property
-    def directories(self) -> tuple[Path, ...]:
-        return Path(self.info.path), self.place.data, self.place.calibration
-
-    @property
     def training(self) -> Training:
         config, settings = self.config, self.config.unlearning
         # with `keep: 0` a job resumes only from checkpoints of the same curve
         identity = self.curve if settings.keep == 0 else self.identity
         calibration = self.calibration.content
-        return Training("unlearning", settings, self.place, config, self.info, identity, calibration)
+        return Training("unlearning", settings, self.run_dir, config, self.info, identity, calibration)
 
     def done(self) -> bool:
         """Whether a complete checkpoint of this very job is at its last step, or at one that met
         ``evaluate.until``. With ``keep: 0``, whether its curve is there (what a killed job left is deleted)."""
         settings = self.config.unlearning
         if settings.keep == 0:
-            is_there = has_identity(self.place.curve, self.curve)
+            is_there = has_identity(self.run_dir.curve, self.curve)
             if is_there:
-                discard_checkpoints(self.place, self.curve)  # which a kill may have cut off
+                discard_checkpoints(self.run_dir, self.curve)  # which a kill may have cut off
             return is_there
 
         def is_enough(manifest: Manifest) -> bool:
@@ -99,42 +94,67 @@ class UnlearnJob:
             StopRequested: stopped on request; a complete checkpoint was saved.
         """
         from trace_ds.run.log import already_done
+        from trace_ds.unlearning.objective import make_objective
         from trace_ds.unlearning.trainer import train
 
         assert world is not None
         if world.run_on_main_and_broadcast(self.done):
             if world.is_main:
-                already_done("unlearn", self.place)
+                already_done("unlearn", self.run_dir)
             return
         settings = self.config.unlearning
         with self.training.log_and_checkpoint(world, "unlearn") as (log, chosen):
             batches = world.run_on_main_first(lambda: make_unlearn_batches(self))
             engine, router_projection = make_engine(self, world, batches)
             start = self.training.restore(world, engine, chosen, log)
+            if router_projection is not None:
+                router_projection.begin(engine)
             objective, trainer_state = make_objective(
-                self, world, engine, batches, start.trainer_state, router_projection, log.line
+                settings,
+                self.info,
+                world,
+                batches,
+                start.trainer_state,
+                self.anchored,
+                router_projection,
+                **model_settings(self.config),
+                seed=self.config.seed,
+                log=log.line,
             )
-            _log_job(self, world, log)
+            self.log_settings(world, log)
             evaluator = None
             if settings.evaluate.every is not None:
                 evaluator = world.run_on_main_first(lambda: make_evaluator(self, engine, world, log))
             start, failed_after = replace(start, trainer_state=trainer_state), None
             try:
-                train(engine, world, batches, objective, settings, settings.steps, self.place, start, log, evaluator)
+                train(engine, world, batches, objective, settings, settings.steps, self.run_dir, start, log, evaluator)
             except JobFailed as error:
                 if settings.keep or not error.step:
                     raise
                 # with `keep: 0` the job measures the curve alone: where it diverges is a result
                 failed_after = error.step
-                log.detail(str(error))
-                log.line(
-                    f"the curve ends after step {error.step}: a loss is not finite, or a score violated evaluate.guards"
-                )
+                log.line(f"the curve ends here: {error}")
             if self.curve:
-                world.run_on_main_and_broadcast(lambda: _write_curve(self, trainer_state["curve"], failed_after))
+                made_with = {"device": "gpu" if accelerator_count() else "cpu", "torch": version("torch")}
+                curve: dict[str, Any] = {"identity": self.curve, "job": self.identity, "made_with": made_with}
+                curve |= {"curve": trainer_state["curve"], "failed_after": failed_after}
+                world.run_on_main_and_broadcast(lambda: write_json(self.run_dir.curve, curve))
             if settings.keep == 0:
-                world.run_on_main_and_broadcast(lambda: discard_checkpoints(self.place, self.curve))
+                world.run_on_main_and_broadcast(lambda: discard_checkpoints(self.run_dir, self.curve))
             engine.destroy()  # a process may run many jobs
+
+    def log_settings(self, world: World, log: StageLog) -> None:
+        """Log the settings of the job, and how much of the model it holds, where its losses need only a part."""
+        settings, layers = self.config.unlearning, self.info.decoder_layers
+        log.detail(
+            f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, ZeRO stage "
+            f"{settings.zero_stage}, world size {world.size}, expert-parallel size {self.config.distributed.ep}"
+        )
+        if self.layers is not None:
+            log.detail(
+                f"the losses end at layer {settings.last_layer(layers)}: {self.layers} of {layers} decoder layers are "
+                "loaded, without norm and LM head"
+            )
 
 
 def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
@@ -154,12 +174,8 @@ def check_unlearning_settings(config: Config, info: ModelInfo) -> dict[str, Any]
             "unlearning.rmu.layer",
             "lower it",
         )
-    scores = [
-        f"{task.name} {metric}"
-        for task in config.evaluation.tasks
-        for metric in TASK_METRICS[task.type]
-        if task.name in settings.evaluate.tasks and ROLE_OF.get(metric, task.role) == task.role
-    ]
+    tasks = [task for task in config.evaluation.tasks if task.name in settings.evaluate.tasks]
+    scores = [f"{t.name} {m}" for t in tasks for m in TASK_METRICS[t.type] if ROLE_OF.get(m, t.role) == t.role]
     for kind in ("until", "guards"):
         for bound in settings.evaluate.bounds(kind):
             if " " in bound.score and bound.score not in scores:
@@ -175,16 +191,14 @@ def check(config: Config, run: RunDirectory, world_size: int) -> UnlearnJob:
     inputs = Inputs.read(config, run, info.fingerprint)
     data, calibration = inputs.data, inputs.calibration()
     ds_config = check_unlearning_settings(config, info)
-    tasks = curve_tasks(config)
-    routing = {}
-    if settings.evaluate.every and settings.evaluate.rows:
-        routing = {side: inputs.statistics(side) for side in ("forget", "retain")}
+    tasks = checked_tasks([task for task in config.evaluation.tasks if task.name in settings.evaluate.tasks], config)
+    sides = {"forget"} if settings.forget_loss in ("npo", "dpo") or settings.seuf is not None else set()
+    sides |= {"alternative"} if settings.forget_loss == "dpo" else set()
+    sides |= {"forget", "retain"} if settings.evaluate.every and settings.evaluate.rows else set()
+    statistics = {side: inputs.statistics(side) for side in sorted(sides)}
     if settings.evaluate.compares_routing:
-        for side in routing:
-            require_parts(routing[side], "sample", "unlearning.evaluate")
-    sides = ["forget"] if settings.forget_loss in ("npo", "dpo") or settings.seuf is not None else []
-    sides += ["alternative"] if settings.forget_loss == "dpo" else []
-    statistics = {side: inputs.statistics(side) for side in sides}
+        for side in ("forget", "retain"):
+            require_parts(statistics[side], "sample", "unlearning.evaluate")
     experts, anchored = _choose_trained(config, info, calibration, statistics.get("forget"))
     layers = layers_held(settings, info.decoder_layers)
     identity = job_identity(
@@ -208,7 +222,7 @@ def check(config: Config, run: RunDirectory, world_size: int) -> UnlearnJob:
             batch_rows=config.evaluation.batch_rows,
         )
     return UnlearnJob(
-        config, run, info, data, calibration, routing, statistics, experts, anchored, layers, identity, curve
+        config, run, info, data, calibration, statistics, tasks, experts, anchored, layers, identity, curve
     )
 
 
@@ -250,17 +264,6 @@ def _choose_trained(
     return experts, None
 
 
-def _write_curve(job: UnlearnJob, points: list[dict[str, Any]], failed_after: int | None) -> None:
-    """Write RUN/curve.json.
-
-    Args:
-        failed_after: the step after which a loss was not finite or a score violated a guard, if that ended it.
-    """
-    made_with = {"device": "gpu" if accelerator_count() else "cpu", "torch": version("torch")}
-    curve = {"identity": job.curve, "job": job.identity, "made_with": made_with}
-    write_json(job.place.curve, curve | {"curve": points, "diverged": failed_after})
-
-
 def discard_checkpoints(run: RunDirectory, curve: str) -> None:
     """Delete the checkpoints of this very curve; those of another job stay."""
     from trace_ds.checkpoints.commit import discard_all
@@ -272,23 +275,6 @@ def discard_checkpoints(run: RunDirectory, curve: str) -> None:
     if step is None or read_manifest(run.checkpoints / step_name(step)).job == curve:
         run.clear_leftovers()
         discard_all(run.checkpoints)
-
-
-def _log_job(job: UnlearnJob, world: World, log: StageLog) -> None:
-    """Log the settings of the job, and how much of the model it holds, where its losses need only a part."""
-    settings, layers = job.config.unlearning, job.info.decoder_layers
-    log.detail(
-        f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, ZeRO stage "
-        f"{settings.zero_stage}, world size {world.size}, expert-parallel size {job.config.distributed.ep}"
-    )
-    last = settings.last_layer(layers)
-    if job.layers is not None:
-        log.detail(
-            f"the losses end at layer {last}: {job.layers} of {layers} decoder layers are loaded, "
-            "without norm and LM head"
-        )
-    elif last is not None:
-        log.detail(f"the losses end at layer {last}, but unlearning.evaluate needs the whole model")
 
 
 def make_engine(job: UnlearnJob, world: World, batches: Batches) -> tuple[Any, Projection | None]:
@@ -310,28 +296,6 @@ def make_engine(job: UnlearnJob, world: World, batches: Batches) -> tuple[Any, P
     return engine, Projection(engine, batches, world, settings.grip, config.seed)
 
 
-def make_objective(
-    job: UnlearnJob,
-    world: World,
-    engine: Any,
-    batches: Batches,
-    trainer_state: dict[str, Any],
-    router_projection: Projection | None,
-    log: Callable[[str], None] = lambda line: None,
-) -> tuple[Unlearning, dict[str, Any]]:
-    """The objective, where a checkpoint's ``trainer_state`` left it, and that state with the job's constants."""
-    from trace_ds.unlearning.objective import Unlearning, make_forget_retain
-
-    settings = job.config.unlearning
-    shape = {**model_settings(job.config), "seed": job.config.seed}
-    forget_retain, trainer_state = make_forget_retain(
-        settings, job.info, world, batches, trainer_state, job.anchored, **shape, log=log
-    )
-    if router_projection is not None:
-        router_projection.begin(engine)
-    return Unlearning(settings, forget_retain, trainer_state, router_projection), trainer_state
-
-
 def make_unlearn_batches(job: UnlearnJob) -> Batches:
     """The job's data with the retain weights of the calibration, memory-mapped from shared storage."""
     import numpy as np
@@ -345,10 +309,12 @@ def make_unlearn_batches(job: UnlearnJob) -> Batches:
     if settings.apply == "loss":
         token_weights = FlatArray([open_mapped(job.calibration.file("weights.npy"))])
     row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
-    reference = settings.forget_loss in ("npo", "dpo")
-    nll = {side: FlatArray(open_parts(statistics, "nll")) for side, statistics in job.statistics.items() if reference}
-    sides = ("forget", "retain", *(["alternative"] if "alternative" in nll else []))
-    datasets = {side: TokenDataset.open(job.data.file(f"{side}.arrow")) for side in sides}
+    # losses of the frozen model
+    nll_sides = {"npo": ("forget",), "dpo": ("forget", "alternative")}.get(settings.forget_loss, ())
+    nll = {side: FlatArray(open_parts(job.statistics[side], "nll")) for side in nll_sides}
+    datasets = {
+        side: TokenDataset.open(job.data.file(f"{side}.arrow")) for side in dict.fromkeys(("forget", "retain", *nll))
+    }
     return Batches(
         settings,
         job.config.seed,
@@ -362,68 +328,42 @@ def make_unlearn_batches(job: UnlearnJob) -> Batches:
     )
 
 
-def curve_tasks(config: Config) -> list[Task]:
-    """The tasks that are scored while the model is trained, with their items."""
-    names = config.unlearning.evaluate.tasks
-    return checked_tasks([task for task in config.evaluation.tasks if task.name in names], config)
-
-
 def make_evaluator(job: UnlearnJob, engine: Any, world: World, log: StageLog) -> Evaluator:
-    """The evaluator that scores the model in the engine while it is trained."""
-    from trace_ds.unlearning.evaluator import Evaluator, score_rows
-
-    settings, score_fixed_rows = job.config.unlearning.evaluate, None
-    if settings.rows:
-        sides, batch_rows = fixed_rows(job), job.config.statistics.batch_rows
-
-        def score_fixed_rows(engine: Any) -> Any:
-            return score_rows(engine, sides, world, batch_rows)
-
-    return Evaluator(settings, log, score_fixed_rows, _make_task_scorer(job.config, engine, world))
-
-
-def fixed_rows(job: UnlearnJob) -> dict[str, FixedRows]:
-    """The rows of each corpus that are scored while the model is trained."""
+    """The evaluator that scores the model in the engine while it is trained: fixed rows of each corpus, and tasks."""
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.routing.token_files import SampledRouting
-    from trace_ds.unlearning.evaluator import FixedRows
+    from trace_ds.unlearning.evaluator import Evaluator, FixedRows, score_rows
 
-    settings, sides = job.config.unlearning.evaluate, {}
-    for side, statistics in job.routing.items():
-        dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
-        sides[side] = fixed = FixedRows.of(dataset, settings.rows, SampledRouting.of(statistics))
-        if settings.compares_routing and fixed.sampled(fixed.rows, 0) is None:
-            problem = f"none of the {settings.rows} {side} rows has a token in the sample of the routing"
-            raise UserError(problem, "unlearning.evaluate.rows", "raise it")
-    return sides
+    settings, rows = job.config.unlearning.evaluate, None
+    if settings.rows:
+        sides = {}
+        for side in ("forget", "retain"):
+            dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
+            sides[side] = fixed = FixedRows.of(dataset, settings.rows, SampledRouting.of(job.statistics[side]))
+            if settings.compares_routing and fixed.sampled(fixed.rows, 0) is None:
+                problem = f"none of the {settings.rows} {side} rows has a token in the sample of the routing"
+                raise UserError(problem, "unlearning.evaluate.rows", "raise it")
+        rows = partial(score_rows, sides=sides, world=world, batch_rows=job.config.statistics.batch_rows)
+    return Evaluator(settings, log, rows, _task_scorer(job, engine, world) if job.tasks else None)
 
 
-def _make_task_scorer(config: Config, engine: Any, world: World) -> Callable[[], dict[str, Any] | None] | None:
-    """A function that scores the run's own tasks on the model in the engine (see :class:`Evaluator`); None without
-    tasks."""
+def _task_scorer(job: UnlearnJob, engine: Any, world: World) -> Callable[[], dict[str, Any] | None]:
+    """A function that scores the run's own tasks on the model in the engine (see :class:`Evaluator`)."""
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import Diverged, LanguageModel, ModelSettings, Sharding
-    from trace_ds.evaluation.tasks import run_task
+    from trace_ds.evaluation.tasks import run_tasks
 
-    tasks = curve_tasks(config)
-    if not tasks:
-        return None
+    config = job.config
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
     sharding = Sharding(config.distributed.ep, 3 if config.unlearning.zero_stage == 3 else 0)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     model = LanguageModel.of_engine(engine, tokenizer, settings, world, sharding)
-    tokens, length = config.evaluation.max_new_tokens, config.data.context_length
 
     def score() -> dict[str, Any] | None:
         try:
-            outcomes = {
-                task.config.name: run_task(model, task, max_new_tokens=tokens, context_length=length) for task in tasks
-            }
+            result = run_tasks(model, job.tasks, config.evaluation.max_new_tokens, config.data.context_length)
         except Diverged:
             return None
-        return {
-            "scores": [record for outcome in outcomes.values() for record in outcome.scores],
-            "by_source": {name: outcome.by_source for name, outcome in outcomes.items()},
-        }
+        return {"scores": result["scores"], "by_source": result["by_source"]}
 
     return score

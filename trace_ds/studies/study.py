@@ -53,7 +53,7 @@ class Study:
         self.requests = {s: seed_request(recipe, overrides, self.directory, s) for s in self.bench.seeds}
         RunDirectory(self.directory).require_ours()
         for request in self.requests.values():
-            request.check_places()
+            request.check_run_directory()
 
     def describe(self) -> str:
         """One line on the size of the study, printed before its first run."""
@@ -70,7 +70,7 @@ class Study:
             for trial in trials_of(self.bench):
                 raw = read_curve(run_of(request, trial).curve)
                 scores = {name: [metric_of(point, name) for point in raw["curve"]] for name in self.metrics}
-                steps, diverged = [point["step"] for point in raw["curve"]], raw["diverged"] is not None
+                steps, diverged = [point["step"] for point in raw["curve"]], raw["failed_after"] is not None
                 curves.append(Curve(seed, trial.method, trial.label, steps, scores, diverged))
                 made_with.add(tuple(sorted(raw["made_with"].items())))
         return curves, [dict(pairs) for pairs in sorted(made_with)]
@@ -183,7 +183,7 @@ def run_seed(request: Request, regime: Regime | None) -> None:
 
         join(config.distributed.threads, config.distributed.timeout_minutes)
     for verb in ("prepare", "collect", "calibrate", "unlearn", "evaluate"):
-        for item in request.all() if verb in ("calibrate", "unlearn") else [request]:
+        for item in request.run_and_variants() if verb in ("calibrate", "unlearn") else [request]:
             status = run_verb(verb, item)
             if status == StopRequested.exit_status:
                 raise StopRequested(f"{item.run.path}: stopped on request; run the same command again to go on")

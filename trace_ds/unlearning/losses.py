@@ -72,7 +72,7 @@ def ceu(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     return _cross_entropy(torch.softmax(without_NV, dim=1), logits_NV)
 
 
-def margin_flattening(logits_NV: torch.Tensor) -> torch.Tensor:
+def pdu(logits_NV: torch.Tensor) -> torch.Tensor:
     """PDU's forget loss: (max_v z_v − mean_v z_v)², zero when the logits are all equal, [N].
 
     Entesari et al., *Constrained Entropic Unlearning* (arXiv 2506.05314); the square is as in the OpenUnlearning
@@ -164,7 +164,7 @@ TOKEN_LOSSES: dict[str, TokenLoss] = {
     "satimp": lambda s, z, y, frozen: satimp(z, y),
     "undial": lambda s, z, y, frozen: undial(z, y, frozen),
     "ceu": lambda s, z, y, frozen: ceu(z, y),
-    "pdu": lambda s, z, y, frozen: margin_flattening(z),
+    "pdu": lambda s, z, y, frozen: pdu(z),
 }
 SEQUENCE_LOSSES: dict[str, Callable[[UnlearningConfig, SequenceNLL], torch.Tensor]] = {
     "npo": lambda s, rows: npo_forget_sum(rows.nll_BS, rows.reference_nll_BS, rows.counted_BS, s.npo.beta),

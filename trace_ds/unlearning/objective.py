@@ -139,22 +139,22 @@ class Unlearning(Objective):
         return {} if self._bound is None else {"pdu_multiplier": self.alpha, "pdu_bound": self._bound}
 
 
-def make_forget_retain(
+def make_objective(
     settings: UnlearningConfig,
     info: ModelInfo,
     world: World,
     batches: Batches,
     trainer_state: dict[str, Any],
     anchored: tuple[int, tuple[int, ...]] | None = None,
+    router_projection: Projection | None = None,
     *,
     dtype: str,
     ep: int,
     seed: int,
     log: Callable[[str], None] = lambda line: None,
-) -> tuple[ForgetRetain, dict[str, Any]]:
-    """Build the losses; also return the trainer state with the measured norms and sinks, for exact resumption.
-
-    Of the frozen model the layers that are needed are loaded, and no others.
+) -> tuple[Unlearning, dict[str, Any]]:
+    """The objective, where a checkpoint's ``trainer_state`` left it, and that state with the measured norms and sinks,
+    for exact resumption. Of the frozen model the layers that are needed are loaded, and no others.
 
     Args:
         anchored: the MoE layer and the experts that SEUF anchors the router on.
@@ -195,9 +195,9 @@ def make_forget_retain(
         target_E = torch.zeros(info.experts, device=world.device)
         target_E[list(experts)] = 1.0
         anchor = Anchor(moe_layer, target_E)
-    return ForgetRetain(
-        settings, needs, target_D, frozen, anchor, tuple(trainer_state.get("hidden_sinks", ()))
-    ), trainer_state
+    sinks = tuple(trainer_state.get("hidden_sinks", ()))
+    forget_retain = ForgetRetain(settings, needs, target_D, frozen, anchor, sinks)
+    return Unlearning(settings, forget_retain, trainer_state, router_projection), trainer_state
 
 
 def reference_engine(
