@@ -21,21 +21,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from trace_ds import __version__
-from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, JobFailed, StopRequested, UserError
+from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, AgreedError, JobFailed, StopRequested, UserError
 from trace_ds.terminal import VERBOSE, guard_streams, quiet_libraries
 
 EXIT_INTERRUPTED = 130
-FIXES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space there, or choose another --run-dir"),
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS), "change the permissions there, or choose another --run-dir"
-    ),
-    errno.ENAMETOOLONG: "use a shorter path: a file's name has at most 255 bytes",
-    errno.ELOOP: "correct the links, which lead around in a circle",
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "correct the path, or move away what is there"),
-    errno.EINVAL: "name a regular file",
-}
-NO_MEMORY = "there is not enough memory for this. Fix: smaller input or batches, or a machine with more"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of the system that may not say which file
 LAUNCHED = ("finetune", "collect", "unlearn", "evaluate")
 ONE_PROCESS = ("fetch", "prepare", "calibrate", "convert", "report", "run", "submit", "demo", "bench")
 
@@ -100,44 +90,33 @@ def main() -> None:
     guard_streams()
     quiet_libraries()
     # The deepspeed launcher puts --local_rank=N before the script's own arguments; the environment has it too.
-    arguments = [_expand_home(word) for word in sys.argv[1:] if not word.startswith(("--local_rank", "--local-rank"))]
+    arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank", "--local-rank"))]
     try:
         status = app(arguments, standalone_mode=False)
-    except UserError as error:
-        _fail(error.line(), error.exit_status)
-    except JobFailed as error:
+    except (UserError, JobFailed) as error:
         _fail(str(error), error.exit_status)
+    except AgreedError:  # the main process prints the message
+        _end(EXIT_USER_ERROR)
     except StopRequested as error:
         print(f"trace-ds: {error}", file=sys.stderr)
         _end(EXIT_STOPPED)
     except OSError as error:
-        if error.errno not in FIXES:
+        if error.filename is None and error.errno not in NO_SPACE:
             raise
         place = os.fsencode(error.filename).decode("utf-8", "backslashreplace") if error.filename else ""
-        _fail(UserError(str(error.strerror), place, FIXES[error.errno]).line(), EXIT_USER_ERROR)
-    except MemoryError:
-        _fail(NO_MEMORY, EXIT_USER_ERROR)
+        fix = "correct the path, its permissions or the free space there, or choose another --run-dir"
+        _fail(str(UserError(str(error.strerror), place, fix)), EXIT_USER_ERROR)
     except typer.Exit as end:
         _end(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _end(EXIT_INTERRUPTED)
     except Exception as error:
-        name, show = type(error).__name__, getattr(error, "show", None)
+        show = getattr(error, "show", None)
         if callable(show):  # a usage error (typer has its own copy of click's exceptions)
             show()
             _end(EXIT_USER_ERROR)
-        if name == "AgreedError":  # the main process prints the message
-            _end(EXIT_USER_ERROR)
-        if name == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, GPU and CPU
-            _fail(NO_MEMORY, EXIT_USER_ERROR)
         raise
     _end(status if isinstance(status, int) else 0)
-
-
-def _expand_home(word: str) -> str:
-    """Replace ``~`` where no shell does: behind ``--option=``, and in arguments from a launcher's file."""
-    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
-    return option + equals + os.path.expanduser(value)  # noqa: PTH111 (which would fail for ~nobody)
 
 
 def _end(status: int) -> NoReturn:
@@ -183,6 +162,12 @@ def _refuse_ranks(verb: str) -> None:
         raise typer.Exit(EXIT_USER_ERROR)
 
 
+def _changes(set_: Sequence[str] | None, nproc: int | None, ep: int | None, section: str = "distributed") -> list[str]:
+    """``--set``, and ``--nproc`` and ``--ep`` as if they were set."""
+    sizes = [f"{section}.{key}={value}" for key, value in (("nproc", nproc), ("ep", ep)) if value is not None]
+    return [*(set_ or []), *sizes]
+
+
 def _add_stage(name: str, help_text: str) -> None:
     """Add the verb of one stage; they share their options."""
 
@@ -198,8 +183,7 @@ def _add_stage(name: str, help_text: str) -> None:
         verbose: VerboseOption = False,
     ) -> None:
         section = "evaluation" if name == "evaluate" else "distributed"
-        changes = [f"{section}.{key}={value}" for key, value in (("nproc", nproc), ("ep", ep)) if value is not None]
-        _run_verb(name, config, run_dir, [*(set_ or []), *changes], variant, dry_run)
+        _run_verb(name, config, run_dir, _changes(set_, nproc, ep, section), variant, dry_run)
 
 
 def _run_verb(
@@ -227,8 +211,7 @@ def run(
     """Run all stages: skips finished ones and resumes an interrupted one."""
     from trace_ds.stages.pipeline import Request, run_verb
 
-    sizes = [f"distributed.{key}={value}" for key, value in (("nproc", nproc), ("ep", ep)) if value is not None]
-    request = Request.load(config, [*(set_ or []), *sizes], run_dir).with_variants(variants)
+    request = Request.load(config, _changes(set_, nproc, ep), run_dir).with_variants(variants)
     if dry_run:
         from trace_ds.cluster.plan import summary_line
 
@@ -295,30 +278,22 @@ def convert(
     """Convert a checkpoint of a run, or SOURCE to DESTINATION, to a Hugging Face model (one process, no GPU)."""
     from trace_ds.config.compose import is_config
 
-    of_run = {"--run-dir": run_dir, "--set": set_, "--variant": variant}
-    given: dict[str, object] = {
-        "tag": tag,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "jobs": jobs,
-        "base_model": base_model,
-    }
+    given = {"tag": tag, "dtype": dtype, "max_shard_size": max_shard_size, "jobs": jobs, "base_model": base_model}
     options = {name: value for name, value in (given | {"verify": verify or None}).items() if value is not None}
     if len(source) != 2 or is_config(source[0]):
-        fix = "give SOURCE DESTINATION"
-        _refuse({f"--{name.replace('_', '-')}": value for name, value in options.items()}, "with a CONFIG", fix)
+        _refuse({f"--{name.replace('_', '-')}": value for name, value in options.items()}, "with a CONFIG")
         return _run_verb("convert", source, run_dir, set_ or [], variant, dry_run)
-    _refuse(of_run, "with SOURCE DESTINATION", "leave it out, or give a CONFIG alone")
+    _refuse({"--run-dir": run_dir, "--set": set_, "--variant": variant}, "with SOURCE DESTINATION")
     from trace_ds.conversion.convert import convert_command
 
     raise typer.Exit(convert_command(Path(source[0]), Path(source[1]), dry_run=dry_run, **options))
 
 
-def _refuse(options: Mapping[str, object], place: str, fix: str) -> None:
+def _refuse(options: Mapping[str, object], place: str) -> None:
     """Refuse options that this form of the command does not read."""
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise UserError(f"{', '.join(given)} means nothing {place}", "convert", fix)
+        raise UserError(f"{', '.join(given)} means nothing {place}", "convert", "leave it out")
 
 
 @app.command()
@@ -367,7 +342,7 @@ def submit(
     from trace_ds.cluster.submit import Cluster, submit_run
     from trace_ds.stages.pipeline import Request
 
-    changes = [*(set_ or []), *([f"distributed.ep={ep}"] if ep is not None else [])]
+    changes = _changes(set_, None, ep)
     cluster = Cluster(nodes, gpus_per_node, sbatch, array, gpu_memory)
     if study:
         from trace_ds.studies.study import submit_study
@@ -414,13 +389,7 @@ def plan(
     from trace_ds.config.compose import recipe_names
     from trace_ds.stages.pipeline import Request
 
-    spec = ClusterSpec(
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        gpu_memory_gb=gpu_memory,
-        tflops=tflops,
-        host_memory_gb=host_memory,
-    )
+    spec = ClusterSpec(nodes, gpus_per_node, gpu_memory, tflops, host_memory)
     changes = list(set_ or [])
     if set(config) <= set(recipe_names("model")):  # corpora of unknown length
         changes = [f"data.{side}=[{{path: no task}}]" for side in ("forget", "retain")] + changes

@@ -52,6 +52,12 @@ class UserError(Exception):
         return plain(" ".join(text.split()))
 
 
+class AgreedError(Exception):
+    """The main process says what is wrong: the other ranks leave silently, with the exit status of a UserError."""
+
+    exit_status = EXIT_USER_ERROR
+
+
 class JobFailed(RuntimeError):
     """The computation itself went wrong (a loss that is not finite, a collapsing model): one line; exit status 1.
 

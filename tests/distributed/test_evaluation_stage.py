@@ -19,9 +19,8 @@ from test_evaluation_models import WORDS, change_weights, save_model, save_token
 
 from trace_ds.config.load import validate
 from trace_ds.config.schema import Config
-from trace_ds.errors import UserError
+from trace_ds.errors import AgreedError, UserError
 from trace_ds.evaluation import drift, language_model, subjects
-from trace_ds.parallel.world import AgreedError
 from trace_ds.reporting import tables
 from trace_ds.reporting.gather import gather
 from trace_ds.run.directory import RunDirectory

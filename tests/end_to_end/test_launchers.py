@@ -18,10 +18,9 @@ from command import run, tree
 from forked import JOB, Server
 from processes import end_of_ranks
 
-from trace_ds.errors import UserError
 from trace_ds.parallel.environment import free_port
 from trace_ds.parallel.launch import run_processes
-from trace_ds.parallel.world import AgreedError, check_local_processes, end_process
+from trace_ds.parallel.world import end_process
 
 PROCESSES = ("--num_machines", "1", "--num_processes", "2", "--main_process_port")
 LAUNCHERS = {
@@ -90,18 +89,6 @@ def test_verbs_of_one_process_refuse_to_be_ranks(server: Server, tmp_path: Path)
         result = server.run(["run", "demo", "--run-dir", "made"], tmp_path, launcher)
         assert result.returncode == 2 and expected in result.stderr, result.stderr
         assert len(result.stderr.splitlines()) == bool(expected) and not list(tmp_path.iterdir())
-
-
-def test_more_processes_on_a_machine_than_accelerators() -> None:
-    torchrun = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
-    srun = {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
-    mpiexec = {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
-    for environment in (torchrun, srun, mpiexec):
-        check_local_processes(4, environment)
-        with pytest.raises(UserError, match="4 processes on this machine, each of which sees 2 accelerators"):
-            check_local_processes(2, environment)
-        with pytest.raises(AgreedError):
-            check_local_processes(2, {name: value.replace("0", "1") for name, value in environment.items()})
 
 
 def leaves_with_groups_open(world: Any, folder: str) -> None:

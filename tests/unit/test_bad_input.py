@@ -32,8 +32,7 @@ from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.base import Section
 from trace_ds.corpora.dataset import open_stream
-from trace_ds.errors import UserError
-from trace_ds.parallel.world import AgreedError
+from trace_ds.errors import AgreedError, UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.pipeline import Request, run_verb
 
@@ -69,8 +68,7 @@ CONFIG_ERRORS = [
     ("variants={a: {model.path: x}}", "variants.a may not change model.path"),
     ("unlearning.optimizer.lr=1e300", "lr: no number here can be above 3.4e+38 (found 1e+300)"),
     (f"seed={2**64}", "seed: Input should be less than 9223372036854775808"),
-    (f"model.path={'a' * 256}", "model.path: no file can have a name over 255 or a path over 4095 bytes"),
-    ('model.path="a\\0b"', "model.path: a path cannot hold the character NUL"),
+    ('model.path="a\\0b"', "model.path: a path cannot hold NUL"),
     ("unlearning.steps.most=7", "'steps' is a value and has no keys. Fix: end the key with steps"),
     ("unlearning.evaluate={every: 1, until: ['loss <= 1']}", "retain_overlap or 'TASK METRIC' of its tasks (none)"),
     (
@@ -394,8 +392,7 @@ def test_what_only_one_rank_finds_wrong_ends_all_of_them() -> None:
     said, silent = run_distributed(one_sided, 2)
     assert said == [
         "UserError: /models/m: on rank 1: there is no model directory. Fix: mount it",
-        "UserError: /models/m/config.json: on rank 1: it cannot be read (Input/output error). "
-        "Fix: check the storage that it lies on",
+        "UserError: /models/m/config.json: on rank 1: Input/output error. Fix: check the storage there",
     ]
     assert silent == ["AgreedError: "] * 2
 
@@ -449,7 +446,7 @@ def test_errors_in_a_rank_end_the_job_with_status_2(config: Path) -> None:
     """Started by a launcher, the main process says what is wrong and every rank leaves with status 2."""
     from trace_ds.parallel.environment import free_port
 
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}  # no LOCAL_RANK: it is told
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     with forked.warm_command(config.parent) as command:
         ranks = [
             subprocess.Popen(

@@ -181,31 +181,6 @@ def test_an_altered_artefact_is_one_line(
     assert f"{path / file}: " in line and "Fix: " in line and not (path / "report").exists()
 
 
-# ------------------------------------------------------------------------------------------------------ environment
-
-ENVIRONMENTS = [
-    (
-        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "abc"},
-        "MASTER_PORT='abc'",
-    ),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "99999"}, "no port"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK and WORLD_SIZE are set, MASTER_ADDR is not"),
-    ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS is set and SLURM_PROCID is not"),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is set and OMPI_COMM_WORLD_RANK is not"),
-    ({"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID='x' is no rank"),
-]
-
-
-@pytest.mark.parametrize(("variables", "message"), ENVIRONMENTS)
-def test_environments(variables: dict[str, str], message: str) -> None:
-    from trace_ds.parallel.environment import complete_launch, rank_and_size
-
-    with pytest.raises(UserError) as error:
-        rank_and_size(variables)
-        complete_launch(dict(variables), 0, 0)
-    assert message in error.value.line()
-
-
 @pytest.mark.parametrize("module", ["typer", "trace_ds.config.compose"])
 def test_ctrl_c_while_modules_are_imported(tmp_path: Path, module: str) -> None:
     """Whatever is imported at the moment: one quiet line."""

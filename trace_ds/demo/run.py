@@ -23,7 +23,7 @@ from pathlib import Path
 from trace_ds.demo.corpora import INSTALL_DEMO, PACKAGES, Regime
 from trace_ds.demo.pretrain import STEPS
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.parallel.launch import die_with_parent, parent_of_this
+from trace_ds.parallel.launch import die_with_parent
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import (
@@ -185,7 +185,7 @@ def _train(corpora: Path, folder: Path, names: Sequence[str], seed: int) -> None
 
 def _pretrain(corpora: Path, folder: Path, names: Sequence[str], name: str, seed: int) -> float:
     """In a process of its own: train one model and return its last loss; the first shows how far all of them are."""
-    die_with_parent(parent_of_this())
+    die_with_parent(multiprocessing.parent_process())
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     quiet_libraries()
     from trace_ds.demo.pretrain import pretrain

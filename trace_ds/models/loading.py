@@ -63,7 +63,7 @@ def load_share(
     Collective. Never executes code that ships with the model.
 
     Raises:
-        UserError, AgreedError: the files are damaged or not of this model (see :meth:`World.check_on_all_ranks`).
+        UserError, AgreedError: the files are damaged or not of this model (see :meth:`World.run_on_all_ranks`).
     """
     partitioned = ds_config["zero_optimization"]["stage"] == 3
     _quiet_transformers()
@@ -82,7 +82,7 @@ def load_share(
         _read(model, files, world.device if partitioned else torch.device("cpu"), dtype, ep, world.rank % ep)
         return files
 
-    files = world.check_on_all_ranks(read)
+    files = world.run_on_all_ranks(read)
     model.config.use_cache = False
     return model.eval(), files
 

@@ -33,13 +33,11 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
     """(this process's rank, number of ranks), from the launcher's variables; (0, 1) without a launcher.
 
     Raises:
-        UserError: that is no number, or the rank is none of so many; a launcher's number of ranks stands alone.
+        UserError: that is no number, or the rank is none of so many.
     """
     for rank, size in LAUNCHERS:
-        if size in environment and rank not in environment and size != "WORLD_SIZE":
-            raise UserError(f"{size} is set and {rank} is not", "the environment", f"unset {size}, or set both")
-        if rank in environment and size in environment:
-            return _place(rank, environment[rank], size, environment[size])
+        if size in environment and (rank in environment or size != "WORLD_SIZE"):
+            return _place(rank, environment.get(rank, ""), size, environment[size])
     return 0, 1
 
 
@@ -63,63 +61,36 @@ def _place(rank_name: str, rank: str, size_name: str, size: str) -> tuple[int, i
     return int(rank), int(size)
 
 
-def complete_launch(environment: MutableMapping[str, str], accelerators: int, on_machine: int) -> None:
-    """Set the variables that a launcher left out: LOCAL_RANK (this process's device), MASTER_ADDR and MASTER_PORT.
+def complete_launch(environment: MutableMapping[str, str], accelerators: int) -> None:
+    """Set LOCAL_RANK (this process's device) where the process sees one of ``accelerators`` or none.
 
     A process that sees one device of several (``srun --gpus-per-task=1``) uses that one, whatever its number on the
-    machine. DeepSpeed takes an environment that is not complete for that of MPI, and would go on alone.
-
-    Args:
-        environment: changed in place.
-        accelerators: devices that this process sees.
-        on_machine: devices of the machine, whoever may use them (0: unknown).
+    machine.
 
     Raises:
-        UserError: RANK and WORLD_SIZE say that there are other processes, and LOCAL_RANK, MASTER_ADDR or MASTER_PORT
-            is missing and cannot be told.
+        UserError: RANK and WORLD_SIZE are set, and LOCAL_RANK, MASTER_ADDR or MASTER_PORT is missing. DeepSpeed would
+            take such an environment for that of MPI, and go on alone.
     """
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return
-    _, size = rank_and_size(environment)
-    fix = "start through torchrun, deepspeed, srun or mpirun, or export what is missing (as slurm/common.sh does)"
-    if "LOCAL_RANK" not in environment:
-        if size > 1 and accelerators > 1:
-            problem = f"RANK and WORLD_SIZE are set, LOCAL_RANK is not, and {accelerators} devices are visible"
-            raise UserError(problem, "the environment", fix)
+    rank_and_size(environment)
+    if accelerators == 1:
         environment["LOCAL_RANK"] = "0"
-    if not (environment["LOCAL_RANK"].isascii() and environment["LOCAL_RANK"].isdigit()):
-        raise UserError(f"LOCAL_RANK={environment['LOCAL_RANK'][:40]!r} is no local rank", "the environment", fix)
-    local_rank = int(environment["LOCAL_RANK"])
-    local_size = max(local_rank_and_size(environment)[1], local_rank + 1)
-    if accelerators == 1 and local_size > 1 and (on_machine >= local_size or "SLURM_GPUS_PER_TASK" in environment):
-        environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"] = "0", "1"
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in environment:
-            if size > 1:
-                raise UserError(f"RANK and WORLD_SIZE are set, {name} is not", "the environment", fix)
-            environment[name] = "127.0.0.1" if name == "MASTER_ADDR" else str(free_port())
-    port = environment["MASTER_PORT"]
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
-        raise UserError(f"MASTER_PORT={port[:40]!r} is no port (1 to 65535)", "the environment", fix)
+    elif not accelerators:
+        environment.setdefault("LOCAL_RANK", "0")
+    missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        fix = "start through torchrun, deepspeed, srun or mpirun, or export what is missing (as slurm/common.sh does)"
+        raise UserError(f"RANK and WORLD_SIZE are set, {' and '.join(missing)} not", "the environment", fix)
 
 
-def accelerator_count(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
+def accelerator_count(devices: Path = Path("/dev")) -> int:
     """NVIDIA GPUs this process may use, without importing torch."""
-    return len(accelerator_names(environment, devices))
-
-
-def accelerator_names(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
-    """The GPUs this process may use as CUDA_VISIBLE_DEVICES names them: the inherited value, else their numbers."""
-    count = machine_accelerators(devices)
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    count = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return [str(number) for number in range(count)]
-    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")][:count]
-
-
-def machine_accelerators(devices: Path = Path("/dev")) -> int:
-    """NVIDIA GPUs of the machine, whoever may use them."""
-    return sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
+        return count
+    return min(count, sum(name.strip() not in ("", "-1") for name in visible.split(",")))
 
 
 def available_memory_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:

@@ -8,13 +8,13 @@ status is the parent's.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from types import FrameType
 
 from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
@@ -124,19 +124,13 @@ def _begin_rank() -> None:
     die_with_parent()
 
 
-def die_with_parent(parent: int | None = None) -> None:
+def die_with_parent(parent: BaseProcess | None = None) -> None:
     """In the child, before exec: be killed when the parent dies, so that nothing outlives a killed job.
 
-    ``parent``: its process id, from a child that has imported for seconds before it comes to ask for this: one that was
-    killed in that time is gone.
+    ``parent``: the process that a child of multiprocessing comes from; if it died while the child was still importing,
+    the child ends too.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent is not None and parent != os.getppid():
+        if parent is not None and parent.pid != os.getppid():
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-def parent_of_this() -> int | None:
-    """The process that started this one through multiprocessing."""
-    parent = multiprocessing.parent_process()
-    return None if parent is None else parent.pid

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -21,16 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trace_ds.errors import JobFailed, UserError
+from trace_ds.errors import AgreedError, JobFailed, UserError
 from trace_ds.parallel.device import to_device
-from trace_ds.parallel.environment import (
-    complete_launch,
-    free_port,
-    launched,
-    local_rank_and_size,
-    machine_accelerators,
-    rank_and_size,
-)
+from trace_ds.parallel.environment import complete_launch, free_port, launched, rank_and_size
 
 _T = TypeVar("_T")
 
@@ -39,12 +31,6 @@ _T = TypeVar("_T")
 PATIENCE = timedelta(hours=6)
 
 _joined: list[bool] = []  # not empty once this process has joined a group
-
-
-class AgreedError(Exception):
-    """The main process found the user's input wrong: the other ranks leave with the same exit status, silently."""
-
-    exit_status = UserError.exit_status
 
 
 @dataclass(frozen=True)
@@ -126,9 +112,9 @@ class World:
         return self.broadcast(self._run_on_main(work))  # type: ignore[return-value]
 
     def run_on_main_first(self, work: Callable[[], _T]) -> _T:
-        """Run ``work`` on the main process, then on the others; errors as in :meth:`check_on_all_ranks`."""
+        """Run ``work`` on the main process, then on the others; errors as in :meth:`raise_on_all_ranks`."""
         result = self._run_on_main(work)
-        return self.check_on_all_ranks(lambda: result if self.is_main else work())  # type: ignore[return-value]
+        return self.run_on_all_ranks(lambda: result if self.is_main else work())  # type: ignore[return-value]
 
     def _run_on_main(self, work: Callable[[], _T]) -> _T | None:
         result, error = None, None
@@ -142,38 +128,30 @@ class World:
         return result
 
     def run_on_all_ranks(self, work: Callable[[], _T]) -> _T:
-        """Run ``work`` on every rank. An error of the user, the operating system (a full disk) or the job ends every
-        rank: that rank with its error, the others with the same exit status, silently."""
+        """Run ``work`` on every rank. An error of the user, the operating system (a full disk) or the job on any of
+        them ends every rank and is said once (see :meth:`raise_on_all_ranks`)."""
         result, error = None, None
         try:
             result = work()
         except (UserError, OSError, JobFailed) as caught:
             error = caught
-        if self.max_int(int(error is not None)):
-            raise error if error is not None else AgreedError
-        return result  # type: ignore[return-value]
-
-    def check_on_all_ranks(self, work: Callable[[], _T], where: str = "a file") -> _T:
-        """Run ``work`` on every rank, which may see other files than the main process; a :class:`UserError` or OSError
-        on any of them ends every rank and is said once. ``where``: the file, where the system does not say which."""
-        result, error = None, None
-        try:
-            result = work()
-        except UserError as caught:
-            error = caught
-        except OSError as caught:
-            problem = f"it cannot be read ({caught.strerror or caught})"
-            error = UserError(problem, str(caught.filename or where), "check the storage that it lies on")
-        if error is not None and not self.is_main:
-            error = UserError(f"on rank {self.rank}: {error.problem}", error.where, error.fix)
         self.raise_on_all_ranks(error)
         return result  # type: ignore[return-value]
 
-    def raise_on_all_ranks(self, error: UserError | None) -> None:
+    def raise_on_all_ranks(self, error: UserError | OSError | JobFailed | None) -> None:
         """Raise where any rank has an error: the first one on the main process, AgreedError on the others."""
-        errors = [each for each in self.gather((error.problem, error.where, error.fix) if error else None) if each]
-        if errors:
-            raise UserError(*errors[0]) if self.is_main else AgreedError
+        if not self.max_int(int(error is not None)):
+            return
+        if isinstance(error, OSError):
+            error = UserError(error.strerror or str(error), str(error.filename or ""), "check the storage there")
+        of_rank = "" if self.is_main else f"on rank {self.rank}: "
+        plain: tuple[Any, ...] | None = None  # errors themselves do not travel
+        if isinstance(error, UserError):
+            plain = (UserError, of_rank + error.problem, error.where, error.fix)
+        elif error is not None:
+            plain = (JobFailed, f"{of_rank}{error}")
+        kind, *texts = next(each for each in self.gather(plain) if each)
+        raise kind(*texts) if self.is_main else AgreedError
 
     def _reduce(self, values: np.ndarray, dtype: type, operation: Any) -> np.ndarray:
         # np.array copies: the all-reduce works in place, and the caller keeps its values
@@ -198,23 +176,14 @@ def join(threads: int, timeout_minutes: float, *, on_cpu: bool = False) -> World
     deepspeed = quiet_deepspeed()
     cuda = torch.cuda.is_available() and not on_cpu
     try:
-        complete_launch(os.environ, torch.cuda.device_count() if cuda else 0, machine_accelerators())
+        complete_launch(os.environ, torch.cuda.device_count() if cuda else 0)
     except UserError:
-        if os.environ["RANK"].isdigit() and int(os.environ["RANK"]):  # the main process says it
+        if os.environ["RANK"] != "0":  # the main process says it
             raise AgreedError from None
         raise
-    if cuda:
-        check_local_processes(torch.cuda.device_count())
     if not dist.is_initialized():
-        try:
-            deepspeed.init_distributed(
-                dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
-            )
-        except RuntimeError as error:
-            if os.strerror(errno.EAGAIN) not in str(error):
-                raise
-            fix = "lower it, or raise the limits on threads and memory (ulimit -u, ulimit -v)"
-            raise UserError(f"no more than {threads} threads can be started", "distributed.threads", fix) from None
+        timeout = timedelta(minutes=timeout_minutes)
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, verbose=False)
         _joined.append(True)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
@@ -226,20 +195,6 @@ def join(threads: int, timeout_minutes: float, *, on_cpu: bool = False) -> World
 def is_joined() -> bool:
     """Whether this process is in a group."""
     return dist.is_initialized()
-
-
-def check_local_processes(accelerators: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse more processes on this machine than each of them sees accelerators, one line a machine."""
-    rank, size = local_rank_and_size(environment)
-    if size <= accelerators:
-        return
-    if rank:
-        raise AgreedError
-    raise UserError(
-        f"{size} processes on this machine, each of which sees {accelerators} accelerators",
-        "the launcher",
-        f"start at most {accelerators} a machine, and let each see all its accelerators, or one of its own",
-    )
 
 
 def wait_longer(timeout_minutes: float) -> None:

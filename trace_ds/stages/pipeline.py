@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trace_ds.config.load import dump_yaml, load_config, variants_of, with_changes
 from trace_ds.config.schema import Config
-from trace_ds.errors import StopRequested, UserError
+from trace_ds.errors import AgreedError, StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import require_apart
@@ -351,7 +351,7 @@ def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
     One that is still open when the interpreter ends can abort its process. After other errors peers may hang in it, so
     it is left alone.
     """
-    from trace_ds.parallel.world import AgreedError, leave
+    from trace_ds.parallel.world import leave
 
     if kind is None or issubclass(kind, UserError | AgreedError | StopRequested):
         leave()
