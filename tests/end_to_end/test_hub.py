@@ -303,7 +303,7 @@ def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:
     assert "not ready" in shown.stdout and "trace-ds fetch CONFIG" in shown.stdout
     for verb in ("plan", "submit"):
         assert "no model of this name is in the hub's cache" in refuse(place.server, tmp_path, verb, config)
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     line = refuse(place.server, tmp_path, "collect", config, "--run-dir", run, variables=rank)
     assert name in line and "`trace-ds fetch CONFIG` brings it" in line
     assert place.hub.requests[requested:] == []

@@ -50,7 +50,7 @@ def run_task(
     return TaskResult(score_task_records(task, outcome.metrics(), outcome.count()), outcome.logs, outcome.by_source())
 
 
-def run_tasks(
+def score_tasks(
     model: LanguageModel, tasks: list[Task], max_new_tokens: int, context_length: int, advance: Advance | None = None
 ) -> dict[str, Any]:
     """``scores`` of all tasks, and by the task's name its ``items`` and ``by_source``, as in a result."""

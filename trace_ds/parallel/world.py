@@ -154,6 +154,8 @@ class World:
         raise kind(*texts) if self.is_main else AgreedError
 
     def _reduce(self, values: np.ndarray, dtype: type, operation: Any) -> np.ndarray:
+        if self.size == 1:  # perhaps without a process group
+            return np.array(values, dtype=dtype)
         # np.array copies: the all-reduce works in place, and the caller keeps its values
         tensor = to_device(torch.from_numpy(np.array(values, dtype=dtype, order="C")), self.device)
         dist.all_reduce(tensor, op=operation)

@@ -250,7 +250,7 @@ def _write(job: EvaluateJob, name: str, result: dict[str, Any], log: StageLog) -
 def _score(job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageLog) -> dict[str, Any]:
     """The result of one model, without its drift; of a diverged model all values are None."""
     from trace_ds.evaluation.language_model import Diverged
-    from trace_ds.evaluation.tasks import run_tasks, score_task_records
+    from trace_ds.evaluation.tasks import score_task_records, score_tasks
 
     tasks, new_tokens = job.tasks, job.config.evaluation.max_new_tokens
     progress = Progress(log, subject.name, sum(task.units for task in tasks), unit="item")
@@ -265,7 +265,7 @@ def _score(job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageL
         "diverged": False,
     }
     try:
-        result |= run_tasks(model, tasks, new_tokens, job.config.data.context_length, progress.advance)
+        result |= score_tasks(model, tasks, new_tokens, job.config.data.context_length, progress.advance)
     except Diverged:
         scores = [record for task in tasks for record in score_task_records(task, {}, len(task.items))]
         log.line(

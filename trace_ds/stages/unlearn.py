@@ -351,7 +351,7 @@ def _task_scorer(job: UnlearnJob, engine: Any, world: World) -> Callable[[], dic
     """A function that scores the run's own tasks on the model in the engine (see :class:`Evaluator`)."""
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import Diverged, LanguageModel, ModelSettings, Sharding
-    from trace_ds.evaluation.tasks import run_tasks
+    from trace_ds.evaluation.tasks import score_tasks
 
     config = job.config
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
@@ -361,7 +361,7 @@ def _task_scorer(job: UnlearnJob, engine: Any, world: World) -> Callable[[], dic
 
     def score() -> dict[str, Any] | None:
         try:
-            result = run_tasks(model, job.tasks, config.evaluation.max_new_tokens, config.data.context_length)
+            result = score_tasks(model, job.tasks, config.evaluation.max_new_tokens, config.data.context_length)
         except Diverged:
             return None
         return {"scores": result["scores"], "by_source": result["by_source"]}
