@@ -41,7 +41,8 @@ from trace_ds.config.load import load_config
 from trace_ds.parallel.world import join
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages import unlearn
-from trace_ds.stages.pipeline import run_stage
+from trace_ds.stages.pipeline import STAGES
+from trace_ds.unlearning.objective import make_objective
 from trace_ds.unlearning.trainer import run_step
 
 ARMS: dict[str, dict[str, str]] = {
@@ -115,9 +116,9 @@ def make_artefacts(config_path: Path) -> None:
         config, run = prepared(config_path, arm)
         run.mark()
         if arm == "trace":
-            run_stage("prepare", config, run)
-            run_stage("collect", config, run, join(config.distributed.threads, 30))
-        run_stage("calibrate", config, run)
+            STAGES["prepare"].module.check(config, run, 1).run(None)
+            STAGES["collect"].module.check(config, run, 1).run(join(config.distributed.threads, 30))
+        STAGES["calibrate"].module.check(config, run, 1).run(None)
 
 
 class Job:
@@ -136,7 +137,17 @@ class Job:
         batches = self.batches[arms[0]]
         self.engine, routers = unlearn.make_engine(job, self.world, batches)
         trainer_state: dict[str, Any] = {"step": 0, "seed": 0}
-        self.objective, _ = unlearn.make_objective(job, self.world, self.engine, batches, trainer_state, routers)
+        self.objective, _ = make_objective(
+            self.settings,
+            job.info,
+            self.world,
+            batches,
+            trainer_state,
+            router_projection=routers,
+            dtype=config.model.dtype,
+            ep=config.distributed.ep,
+            seed=config.seed,
+        )
 
     def step(self, arm: str, number: int) -> float:
         """Seconds of one step."""
