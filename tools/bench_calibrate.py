@@ -122,7 +122,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **times,
         "cpu_s": round(time.process_time() - began_cpu_s, 2),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "lambda": weighting.strength,
+        "lambda": weighting.lambda_,
         "ess_fraction": weighting.ess,
         "max_weight": weighting.max_weight,
         "iterations": 0 if weighting.raking is None else weighting.raking.passes,

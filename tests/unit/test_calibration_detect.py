@@ -95,7 +95,7 @@ def test_load_rule_and_layers() -> None:
     without = detect(forget, retain, DetectionConfig(layers=[0, 1, 3]))
     assert without.selected_LE.nonzero()[0].tolist() == [0] and not without.eligible_LE[2].any()
     assert not detect(forget, retain, DetectionConfig(min_load=7.0)).selected_LE.any()
-    with pytest.raises(ValueError, match="leaves no MoE layer to look at"):
+    with pytest.raises(ValueError, match="no MoE layer is left to calibrate"):
         detect(forget, retain, DetectionConfig(layers=[]))
     with pytest.raises(ValueError, match="layer 4 is not one of the model's 4"):
         detect(forget, retain, DetectionConfig(layers=[4]))

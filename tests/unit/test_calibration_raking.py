@@ -87,9 +87,9 @@ def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, sample: i
     active = retain.dense(10).astype(float)
     p, q = active.mean(axis=0), forget.dense(10).mean(axis=0)
     result = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, 0.5)
-    assert result.converged and result.strength < 1 and not any(result.reason_S)
+    assert result.converged and result.lambda_ < 1 and not any(result.reason_S)
     assert (result.passes > 1) == (sample < len(active))
-    np.testing.assert_allclose(result.target_S, p + result.strength * (q - p), atol=1e-12)
+    np.testing.assert_allclose(result.target_S, p + result.lambda_ * (q - p), atol=1e-12)
     w, expected = weights(active, result.theta_S), reference(active, result.target_S)
     assert 0.5 <= ess(w) < 0.5005
     np.testing.assert_allclose(w @ active / w.sum(), result.target_S, atol=2e-6)
@@ -119,8 +119,8 @@ def test_hundreds_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None:
     q, p = (corpus.dense(64).mean(axis=0) for corpus in sides)
     everything = np.ones((12, 64), dtype=bool)
     raking = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, errors(retain, 64))
-    assert raking.converged and raking.strength < 1 and 0.5 <= raking.point.ess < 0.505
-    assert raking.strength > 0.05 and raking.point.max_weight > 5
+    assert raking.converged and raking.lambda_ < 1 and 0.5 <= raking.point.ess < 0.505
+    assert raking.lambda_ > 0.05 and raking.point.max_weight > 5
     w = weights(retain.dense(64), raking.theta_S)
     assert 0.5 <= ess(w) < 0.505
     miss = np.abs(w @ retain.dense(64) / w.sum() - raking.target_S)
@@ -149,13 +149,13 @@ def test_degenerate_inputs_give_finite_weights_above_the_floor(seed, count, cons
     p = active.mean(axis=0)
     raking = rake(units_of(active), np.array(targets[:constraints]), p, 20.0, floor)
     w = weights(active, raking.theta_S)
-    assert np.isfinite(w).all() and 0 <= raking.strength <= 1
+    assert np.isfinite(w).all() and 0 <= raking.lambda_ <= 1
     assert abs(w.mean() - 1) < 1e-9
     assert ess(w) >= floor - 1e-9
     if raking.converged:
         np.testing.assert_allclose(w @ active / w.sum(), raking.target_S, atol=2e-5)
     if kinds[0] in ("never", "always") and targets[0] != p[0]:
-        assert raking.reason_S[0] == kinds[0] and raking.offered_S[0] == p[0]
+        assert raking.reason_S[0] == kinds[0] and raking.full_target_S[0] == p[0]
 
 
 def test_two_experts_that_exclude_each_other_do_not_stop_the_others() -> None:
@@ -168,8 +168,8 @@ def test_two_experts_that_exclude_each_other_do_not_stop_the_others() -> None:
     raking = rake(units_of(active), q, p, 20.0, 0.5)
     w = weights(active, raking.theta_S)
     alone = rake(units_of(active[:, :8]), q[:8], p[:8], 20.0, 0.5)
-    assert raking.strength == pytest.approx(alone.strength, abs=0.02) and raking.strength > 0.9
-    np.testing.assert_allclose((w @ active / w.sum())[:8], (p + raking.strength * (q - p))[:8], atol=1e-5)
+    assert raking.lambda_ == pytest.approx(alone.lambda_, abs=0.02) and raking.lambda_ > 0.9
+    np.testing.assert_allclose((w @ active / w.sum())[:8], (p + raking.lambda_ * (q - p))[:8], atol=1e-5)
     assert "tied" in raking.reason_S[8:] and not any(raking.reason_S[:8])
     np.testing.assert_allclose(raking.target_S, w @ active / w.sum(), atol=1e-5)
     assert ess(w) >= 0.5 - 1e-9

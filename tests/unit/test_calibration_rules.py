@@ -121,9 +121,9 @@ def test_each_selected_expert_comes_closer_to_its_forget_frequency(world: World,
     np.testing.assert_allclose(
         weighting.achieved_LE[weighting.scope_LE], weighting.target_LE[weighting.scope_LE], atol=1e-6
     )
-    expected = detection.retain_LE + weighting.strength * (detection.forget_LE - detection.retain_LE)
+    expected = detection.retain_LE + weighting.lambda_ * (detection.forget_LE - detection.retain_LE)
     np.testing.assert_allclose(weighting.target_LE[weighting.scope_LE], expected[weighting.scope_LE], atol=1e-9)
-    assert weighting.strength > 0.02
+    assert weighting.lambda_ > 0.02
 
 
 def test_permuted_keeps_the_weights_and_forgets_their_meaning(world: World, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_other_experts_are_as_many_and_meet_their_true_targets(world: World, tmp
     else:
         draws = {choose_experts(CalibrationConfig(rule=rule), detection, seed).tobytes() for seed in range(4)}
         assert len(draws) > 2 and detection.selected_LE.tobytes() not in draws
-    expected = detection.retain_LE + weighting.strength * (detection.forget_LE - detection.retain_LE)
+    expected = detection.retain_LE + weighting.lambda_ * (detection.forget_LE - detection.retain_LE)
     np.testing.assert_allclose(weighting.achieved_LE[weighting.scope_LE], expected[weighting.scope_LE], atol=1e-6)
 
 

@@ -194,7 +194,7 @@ def test_a_retain_corpus_of_one_document_is_calibrated(tmp_path, apply: str) -> 
 
 def test_a_solver_that_ends_early_is_an_error(job, monkeypatch) -> None:
     monkeypatch.setattr(raking, "MAX_LBFGS_ITERATIONS", 2)
-    monkeypatch.setattr(raking, "MAX_STRENGTHS", 2)
+    monkeypatch.setattr(raking, "MAX_LAMBDAS", 2)
     config, run = job()
     with pytest.raises(UserError, match=r"the solver ended short of its targets.*calibration.experts: selected"):
         calibrate(config, run)
@@ -207,7 +207,7 @@ def test_the_same_text_as_forget_and_retain_is_called_that(job) -> None:
     name = "statistics.safetensors"
     shutil.copy(run.statistics / "retain" / name, run.statistics / "forget" / name)
     artefact.describe(run.statistics / "forget", "statistics", forget.inputs, forget.settings, forget.summary)
-    with pytest.raises(UserError, match=r"no forget-critical expert was found.*routed exactly alike, as the same text"):
+    with pytest.raises(UserError, match=r"no forget-critical expert was found.*routed identically, as the same text"):
         calibrate(config, run)
 
 

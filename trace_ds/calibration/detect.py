@@ -5,19 +5,18 @@ Shape legend: L MoE layers, E experts, K = top-k.
 The abstract of TRACE (arXiv 2606.10338) says only that they come from "offline activation statistics"; the rule here
 is our decision. It asks for
 
-1. load: p^F ≥ c · K/E (the expert matters for forget text at all), and
-2. effect beyond noise: log(p^F/p^R) significantly above log ρ, one-sided, with document-clustered errors and
-   Benjamini–Hochberg control (J. R. Statist. Soc. B 57, 1995) over all L×E hypotheses tested.
+1. an effect beyond noise: log(p^F/p^R) significantly above log ρ, one-sided, with errors clustered by document and
+   Benjamini–Hochberg control (J. R. Statist. Soc. B 57, 1995) over all experts of the layers that take part, and then
+2. load: p^F ≥ c · K/E (a minimum share of the forget tokens).
 
 Errors: Var log(p^F/p^R) ≈ Var(p^F)/p^F² + Var(p^R)/p^R² (delta method) with the clustered variances of
-:class:`~trace_ds.routing.statistics.RoutingStatistics`; Student's t with as many degrees of freedom as the corpus of
-fewer documents has, less one, because corpora of few documents are common. (Welch–Satterthwaite's number, which lets
-the other corpus make up for it, finds something in a quarter of the draws with four documents and no difference: tails
-as far out as many experts at once ask for are too thin.) Documents are counted by Kish's effective number n²/Σ n_d²:
-where a few long ones hold most of the tokens they alone decide the variance, and it is as uncertain as they are few.
-Half a selection is added to each count so that an expert never selected has a finite ratio (Haldane–Anscombe); its
-clustered variance would be zero, so a variance is never taken below the binomial one times the design effect seen on
-the other side.
+:class:`~trace_ds.routing.statistics.RoutingStatistics`. Student's t has D* − 1 degrees of freedom, of the corpus with
+the smaller D*, Kish's effective number of documents n²/Σ n_d²: where a few long documents hold most of the tokens, they
+alone determine the variance. (With Welch–Satterthwaite's degrees of freedom, a quarter of simulated draws with four
+documents and no difference had false detections.) Half a selection is added to each count, so that the ratio of an
+expert that was never selected is finite (Haldane–Anscombe). The variance is never below the binomial one; for an expert
+without a selection, whose clustered variance is 0, the binomial one is multiplied by the design effect (clustered over
+binomial variance) of the other corpus.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from trace_ds.routing.statistics import RoutingStatistics
 
 INTERVAL = 0.95
 ALIKE = (
-    "the forget and the retain corpus are routed exactly alike, as the same text is: look whether data.forget and "
-    "data.retain name the same documents"
+    "the forget and the retain corpus are routed identically, as the same text would be: check whether data.forget "
+    "and data.retain name the same documents"
 )
 FALSE_DISCOVERY_RATE = 0.05  # Benjamini-Hochberg
 
@@ -48,7 +47,7 @@ class Detection:
         log_ratio_LE, error_LE: log(p^F/p^R) and its standard error (infinite with fewer than two documents a side).
         low_LE, high_LE: 95 % interval of the ratio p^F/p^R.
         p_value_LE: one-sided, of the hypothesis p^F/p^R ≤ ρ.
-        warnings: for people.
+        warnings: messages for the user.
     """
 
     selected_LE: np.ndarray
@@ -64,7 +63,7 @@ class Detection:
 
 
 def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.ndarray, np.ndarray, float]:
-    """(log(p^F/p^R), its standard error, both float64 [L, E], degrees of freedom); see the module's docstring."""
+    """Return log(p^F/p^R) and its standard error, both float64 [L, E], and the degrees of freedom (docstring above)."""
     sides = (forget, retain)
     smoothed = [(s.counts_LE + 0.5) / (s.tokens + 1.0) for s in sides]
     binomial = [p_LE * (1.0 - p_LE) / max(s.tokens, 1) for p_LE, s in zip(smoothed, sides, strict=True)]
@@ -72,7 +71,7 @@ def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.
     effects = [np.maximum(v / np.maximum(b, 1e-300), 1.0) for v, b in zip(clustered, binomial, strict=True)]
     relative = []
     for this, other in ((0, 1), (1, 0)):
-        # Without a selection the clustered variance says nothing: borrow the clumping of the other corpus.
+        # Without a selection the clustered variance is 0: use the design effect of the other corpus.
         borrowed = np.where(sides[this].counts_LE == 0, effects[other], 1.0)
         floor = binomial[this] * np.where(np.isfinite(borrowed), borrowed, np.inf)
         relative.append(np.maximum(clustered[this], floor) / smoothed[this] ** 2)
@@ -81,8 +80,9 @@ def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.
 
 
 def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: DetectionConfig) -> Detection:
-    """Find the forget-critical experts among the layers that ``config`` lets take part (where it
-    says ``trained``, which only the stage can tell: all).
+    """Detect the forget-critical experts of the layers that ``config.layers`` lists.
+
+    All layers for ``trained`` (the calibration stage replaces it by the layers) and for null.
 
     Raises:
         ValueError: the two statistics differ in shape or K, a layer number is out of range, or no layer takes part.
@@ -97,7 +97,7 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         if not 0 <= layer < layers:
             raise ValueError(f"layer {layer} is not one of the model's {layers} MoE layers (0 … {layers - 1})")
     if not chosen:
-        raise ValueError("layers leaves no MoE layer to look at")
+        raise ValueError("calibration.detection.layers is empty: no MoE layer is left to calibrate")
     eligible_LE = np.zeros((layers, experts), dtype=bool)
     eligible_LE[chosen] = True
 
@@ -121,9 +121,9 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         warnings.append(ALIKE)
     discovered_LE = np.zeros_like(eligible_LE)
     discovered_LE[eligible_LE] = stats.false_discovery_control(value_LE[eligible_LE]) <= FALSE_DISCOVERY_RATE
-    # The load rule comes after the control, because p-values of experts chosen by their load would not be valid
-    # ones. It only removes discoveries, but the rate is controlled for the set before: where the removed ones are
-    # true more often than the others, the false share of those that stay is larger.
+    # The load rule comes after the test: selecting experts by load first, on the same data, would invalidate the
+    # p-values. It only removes discoveries, and the false discovery rate is controlled for the set before: if the
+    # removed ones are true discoveries more often than the others, the false share of the rest is larger.
     selected_LE = discovered_LE & (p_LE >= config.min_load * forget.top_k / experts)
     return Detection(
         selected_LE,

@@ -150,8 +150,8 @@ def find_warnings(config: CalibrationConfig, detection: Detection, result: RuleR
             f"weights {then}"
         )
     by_reason: dict[str, list[str]] = {}
-    for layer, expert, offered, reason in result.moved:
-        by_reason.setdefault(reason, []).append(f"{layer}/{expert} -> {offered:.3g}")
+    for layer, expert, target, reason in result.replaced_targets:
+        by_reason.setdefault(reason, []).append(f"{layer}/{expert} -> {target:.3g}")
     for reason, cases in sorted(by_reason.items()):
         more = f" and {len(cases) - 8} more" if len(cases) > 8 else ""
         lines.append(
@@ -159,9 +159,9 @@ def find_warnings(config: CalibrationConfig, detection: Detection, result: RuleR
             f"frequency was taken (layer/expert -> frequency): {', '.join(cases[:8])}{more}"
         )
     if not control and result.scope_LE.any():
-        if result.strength < LEAST_STRENGTH and not by_rows:  # rows have a floor of their own
+        if result.lambda_ < LEAST_STRENGTH and not by_rows:  # rows have a floor of their own
             lines.append(
-                f"the weights go only {result.strength:.0%} of the way to the forget frequencies (lambda): more would "
+                f"the weights go only {result.lambda_:.0%} of the way to the forget frequencies (lambda): more would "
                 f"leave too few effective tokens; lower calibration.ess_floor, {fewer_experts(config)}or add retain "
                 "text close to the forget domain"
             )
@@ -199,21 +199,21 @@ def diagnose(
         "rule": config.rule,
         "experts": config.experts,
         "weights_of": "rows" if by_rows else "tokens",
-        "lambda": result.strength,
+        "lambda": result.lambda_,
         "exponent": result.exponent,
         "ess_fraction": result.ess,
         "row_ess_fraction": row_ess(result),
         "ess_floor": config.ess_floor,
         "max_weight": result.max_weight,
         "iterations": 0 if raking is None else raking.passes,
-        "solve_error": 0.0 if raking is None else raking.error,
+        "solve_error": 0.0 if raking is None else raking.residual,
         "gap_closed": gap_closed(detection, result),
         "none_found": not bool(detection.selected_LE.any()),
         "constraints": int(result.scope_LE.sum()),
         "selected": expert_rows(detection.selected_LE, detection, result),
         "moved_targets": [
-            {"layer": layer, "expert": expert, "offered": offered, "reason": reason}
-            for layer, expert, offered, reason in result.moved
+            {"layer": layer, "expert": expert, "target": target, "reason": reason}
+            for layer, expert, target, reason in result.replaced_targets
         ],
         "top_documents": top_documents(sums, documents),
         "share_by_source": source_shares(sums, documents),

@@ -18,7 +18,7 @@ those that can be identified before solving; for the rest, two limits protect th
 
 * the *bounds*: an expert can change a weight by at most the factor exp(12). When targets conflict (identical experts
   with different targets, say) some experts stop at the bound and are reported as tied; λ is not lowered for them;
-* the *ridge* ρ = Σ variances of the frequencies (clustered by document; by token if there is only one) / Σ v, times
+* the *ridge* ρ = Σ variances of the frequencies (clustered by document; by token if at_floor is only one) / Σ v, times
   min(1, S/N)². Targets are missed by ρ v θ: far below the standard errors if N is far above S, comparable to them
   where exact matching would fit the weights to noise.
 
@@ -56,7 +56,7 @@ FLOOR_WINDOW = 2e-4  # relative excess of the effective sample size over the flo
 LEAST_RIDGE = 1e-9
 SAMPLE_UNITS, SAMPLE_UNITS_PER_CONSTRAINT = 1 << 18, 64
 MAX_LBFGS_ITERATIONS = 2000  # iterations and evaluations of one L-BFGS-B minimisation
-MAX_STRENGTHS = 60  # values of λ tried on the sample
+MAX_LAMBDAS = 60  # values of λ tried on the sample
 MAX_EXACT_PASSES = 30  # exact passes over a corpus larger than the sample
 
 
@@ -118,9 +118,9 @@ class Problem:
         """Variance of an expert's activation at a token; 0 where it is constant, and θ then stays 0."""
         return _variance(self.retain_S)
 
-    def miss_S(self, point: Point, strength: float) -> np.ndarray:
+    def residual_S(self, point: Point, lambda_: float) -> np.ndarray:
         """Absolute gradient of each expert; 0 where θ is at its bound."""
-        gradient_S = point.frequency_S - self.retain_S - strength * self.shift_S
+        gradient_S = point.frequency_S - self.retain_S - lambda_ * self.shift_S
         gradient_S += self.ridge * self.variance_S * point.theta_S
         return np.where((self.variance_S > 0) & ~at_bound(point.theta_S), np.abs(gradient_S), 0.0)
 
@@ -162,7 +162,7 @@ class SampleDual:
         self._base_S = np.where(self._unseen_S, problem.retain_S, start_S)
         self._shift_S = balanced(problem.scope_LE, problem.shift_S * self._ratio_S, self._variance_S)
 
-    def first_strength(self, distance: float) -> float:
+    def first_lambda(self, distance: float) -> float:
         """λ at which u would be ``distance`` for independent experts and normally distributed θ·a."""
         used_S = self._variance_S > 0
         slope = float(np.sqrt((self._shift_S[used_S] ** 2 / self._variance_S[used_S]).sum()))
@@ -179,11 +179,11 @@ class SampleDual:
         log_mean = point.log_mean + float(np.log(mean_S).sum())
         return Point(theta_S, log_mean, frequency_S, point.ess, point.max_weight)
 
-    def minimize(self, theta_S: np.ndarray, strength: float, tolerance: float) -> Point:
-        """Minimise the dual at one λ (``strength``), starting at ``theta_S``."""
+    def minimize(self, theta_S: np.ndarray, lambda_: float, tolerance: float) -> Point:
+        """Minimise the dual at one λ (``lambda_``), starting at ``theta_S``."""
         from scipy import optimize
 
-        target_S, variance_S, ridge = self._base_S + strength * self._shift_S, self._variance_S, self._problem.ridge
+        target_S, variance_S, ridge = self._base_S + lambda_ * self._shift_S, self._variance_S, self._problem.ridge
         free_S = variance_S > 0
         # In θ√v the diagonal of the Hessian at θ = 0 is about 1 for every expert, as L-BFGS's first step assumes.
         scale_S = np.sqrt(np.where(free_S, variance_S, 1.0))
@@ -198,7 +198,7 @@ class SampleDual:
             return value, np.where(free_S, point.frequency_S - target_S + penalty_S, 0.0) / scale_S
 
         def report(_: np.ndarray) -> None:
-            self._log(f"lambda {strength:.4f}, effective sample size {last[0].ess:.4f}")
+            self._log(f"lambda {lambda_:.4f}, effective sample size {last[0].ess:.4f}")
 
         box_S = np.where(free_S, LARGEST_THETA * scale_S, 0.0)
         solution = optimize.minimize(
@@ -220,40 +220,40 @@ class SampleDual:
         theta_S = solution.x / scale_S
         return last[0] if np.array_equal(last[0].theta_S, theta_S) else self.at(theta_S)
 
-    def temper(self, floor: float, theta_S: np.ndarray, strength: float) -> tuple[Point, float]:
-        """Return the minimum at the largest λ that keeps the floor, and that λ; ``theta_S``, ``strength``: initial."""
+    def temper(self, floor: float, theta_S: np.ndarray, lambda_: float) -> tuple[Point, float]:
+        """Return the minimum at the largest λ that keeps the floor, and that λ; ``theta_S``, ``lambda_``: initial."""
         target = _distance(floor * (1.0 + FLOOR_WINDOW / 2))
         feasible_low, infeasible_high, tolerance = 0.0, np.inf, ROUGH
-        for _ in range(MAX_STRENGTHS):
-            point = self.minimize(theta_S, strength, tolerance)
+        for _ in range(MAX_LAMBDAS):
+            point = self.minimize(theta_S, lambda_, tolerance)
             theta_S, distance = point.theta_S, _distance(point.ess)
             met = point.ess >= floor
-            there = met and (strength == 1.0 or point.ess <= floor * (1.0 + FLOOR_WINDOW))
-            if there and tolerance == FINE:
-                return point, strength
-            if tolerance == ROUGH and (there or abs(distance - target) < 0.1 * target):
+            at_floor = met and (lambda_ == 1.0 or point.ess <= floor * (1.0 + FLOOR_WINDOW))
+            if at_floor and tolerance == FINE:
+                return point, lambda_
+            if tolerance == ROUGH and (at_floor or abs(distance - target) < 0.1 * target):
                 tolerance = FINE
             else:
                 feasible_low, infeasible_high = (
-                    (max(feasible_low, strength), infeasible_high)
+                    (max(feasible_low, lambda_), infeasible_high)
                     if met
-                    else (feasible_low, min(infeasible_high, strength))
+                    else (feasible_low, min(infeasible_high, lambda_))
                 )
-            if there:
+            if at_floor:
                 continue
             # d is nearly proportional to λ; where that would leave the bracket, halve the bracket
-            moved = min(1.0, strength * float(np.clip(target / max(distance, 1e-12), 0.3, 3.0)))
-            if not feasible_low < moved < infeasible_high and not (moved == 1.0 and infeasible_high > 1.0):
-                moved = (feasible_low + min(infeasible_high, 1.0)) / 2.0
-            if abs(moved - strength) < 1e-9:
+            following = min(1.0, lambda_ * float(np.clip(target / max(distance, 1e-12), 0.3, 3.0)))
+            if not feasible_low < following < infeasible_high and not (following == 1.0 and infeasible_high > 1.0):
+                following = (feasible_low + min(infeasible_high, 1.0)) / 2.0
+            if abs(following - lambda_) < 1e-9:
                 break
-            theta_S, strength = theta_S * (moved / strength), moved
+            theta_S, lambda_ = theta_S * (following / lambda_), following
         return self.minimize(theta_S, feasible_low, FINE), feasible_low
 
-    def miss_S(self, point: Point, strength: float) -> np.ndarray:
-        """:meth:`Problem.miss_S` against the sample's own targets."""
+    def residual_S(self, point: Point, lambda_: float) -> np.ndarray:
+        """:meth:`Problem.residual_S` against the sample's own targets."""
         problem = Problem(self._problem.scope_LE, self._base_S, self._shift_S, self._problem.ridge)
-        return problem.miss_S(point, strength)
+        return problem.residual_S(point, lambda_)
 
     def correct(self, sampled: Point, exact: Point) -> None:
         """Shift the targets so that sample and corpus miss them by the same amount at this θ."""
@@ -272,24 +272,24 @@ class RakingResult:
 
     Attributes:
         theta_S, point: the solution over all units.
-        target_S, offered_S: the feasible targets at the final λ and at λ = 1; of experts at the bound, the frequency
-            that was reached.
+        target_S, full_target_S: the feasible targets at the final λ and at λ = 1; of experts at the bound, the
+            frequency that was reached.
         reason_S: key of :data:`REASONS` for a target that was replaced, or '' (such a target may still have been
             shifted so that a layer sums to K).
-        strength: λ.
+        lambda_: λ.
         passes: number of passes over all units.
-        error: largest absolute gradient off the bounds.
+        residual: largest absolute gradient off the bounds.
         converged: see the module's docstring.
     """
 
     theta_S: np.ndarray
     point: Point
     target_S: np.ndarray
-    offered_S: np.ndarray
+    full_target_S: np.ndarray
     reason_S: list[str]
-    strength: float
+    lambda_: float
     passes: int
-    error: float
+    residual: float
     converged: bool
 
 
@@ -315,31 +315,31 @@ def rake(
         log: receives lines of progress.
     """
     retain_S, forget_S = np.asarray(retain_S, np.float64), np.asarray(forget_S, np.float64)
-    offered_S, reason_S = feasible_targets(units.scope_LE, retain_S, forget_S, clip)
+    full_target_S, reason_S = feasible_targets(units.scope_LE, retain_S, forget_S, clip)
     variance_S = _variance(retain_S)
-    shift_S = balanced(units.scope_LE, offered_S - retain_S, variance_S)
+    shift_S = balanced(units.scope_LE, full_target_S - retain_S, variance_S)
     nothing_S = np.zeros(len(retain_S))
     if not np.abs(shift_S).max(initial=0.0) > 1e-15 or ess_floor >= 1.0:
-        strength = 0.0 if ess_floor >= 1.0 else 1.0
+        lambda_ = 0.0 if ess_floor >= 1.0 else 1.0
         origin = evaluate(units, nothing_S, threads)
-        return RakingResult(nothing_S, origin, retain_S, offered_S, reason_S, strength, 1, 0.0, True)
+        return RakingResult(nothing_S, origin, retain_S, full_target_S, reason_S, lambda_, 1, 0.0, True)
 
     error_S = nothing_S if error_S is None else np.asarray(error_S, np.float64)
     error_S = np.where(np.isfinite(error_S), error_S, np.sqrt(variance_S / units.number))
     ridge = float((error_S**2).sum() / variance_S.sum()) * min(1.0, len(retain_S) / units.number) ** 2
     problem = Problem(units.scope_LE, retain_S, shift_S, max(ridge, LEAST_RIDGE))
     allowed_S = np.maximum(TOLERANCE, STANDARD_ERRORS * error_S)
-    point, strength, miss_S, passes = _solve(units, problem, ess_floor, allowed_S, threads, log)
+    point, lambda_, residual_S, passes = _solve(units, problem, ess_floor, allowed_S, threads, log)
 
     bound_S = at_bound(point.theta_S)
     for s in np.flatnonzero(bound_S):
         reason_S[s] = reason_S[s] or "tied"
-    target_S = np.where(bound_S, point.frequency_S, retain_S + strength * shift_S)
-    offered_S = np.where(bound_S, point.frequency_S, retain_S + shift_S)
-    far_enough = strength == 1.0 or point.ess <= ess_floor * (1.0 + 2.0 * FLOOR_WINDOW)
-    converged = bool((miss_S <= allowed_S).all()) and point.ess >= ess_floor and far_enough
-    error = float(miss_S.max(initial=0.0))
-    return RakingResult(point.theta_S, point, target_S, offered_S, reason_S, strength, passes, error, converged)
+    target_S = np.where(bound_S, point.frequency_S, retain_S + lambda_ * shift_S)
+    full_target_S = np.where(bound_S, point.frequency_S, retain_S + shift_S)
+    at_limit = lambda_ == 1.0 or point.ess <= ess_floor * (1.0 + 2.0 * FLOOR_WINDOW)
+    converged = bool((residual_S <= allowed_S).all()) and point.ess >= ess_floor and at_limit
+    residual = float(residual_S.max(initial=0.0))
+    return RakingResult(point.theta_S, point, target_S, full_target_S, reason_S, lambda_, passes, residual, converged)
 
 
 def _solve(
@@ -348,24 +348,24 @@ def _solve(
     """Return the solution over all units, λ, each expert's absolute gradient, and the number of exact passes."""
     sample = units.sample(max(SAMPLE_UNITS, SAMPLE_UNITS_PER_CONSTRAINT * len(problem.retain_S)))
     dual = SampleDual(sample, problem, threads, log)
-    theta_S, strength, sample_floor = np.zeros(len(problem.retain_S)), dual.first_strength(_distance(floor)), floor
+    theta_S, lambda_, sample_floor = np.zeros(len(problem.retain_S)), dual.first_lambda(_distance(floor)), floor
     if sample.number == units.number:
-        point, strength = dual.temper(floor, theta_S, strength)
-        return point, strength, dual.miss_S(point, strength), 1
+        point, lambda_ = dual.temper(floor, theta_S, lambda_)
+        return point, lambda_, dual.residual_S(point, lambda_), 1
     for passes in range(1, MAX_EXACT_PASSES + 1):
-        sampled, strength = dual.temper(sample_floor, theta_S, strength)
+        sampled, lambda_ = dual.temper(sample_floor, theta_S, lambda_)
         exact = evaluate(units, sampled.theta_S, threads)
-        miss_S = problem.miss_S(exact, strength)
+        residual_S = problem.residual_S(exact, lambda_)
         log(
-            f"pass {passes} over all {units.number:,} tokens: target strength (lambda) {strength:.4f}, "
-            f"largest residual {miss_S.max():.1e}"
+            f"pass {passes} over all {units.number:,} tokens: target lambda_ (lambda) {lambda_:.4f}, "
+            f"largest residual {residual_S.max():.1e}"
         )
-        full = strength == 1.0 or exact.ess <= floor * (1.0 + 2.0 * FLOOR_WINDOW)
-        if exact.ess >= floor and full and (miss_S <= allowed_S).all():
+        full = lambda_ == 1.0 or exact.ess <= floor * (1.0 + 2.0 * FLOOR_WINDOW)
+        if exact.ess >= floor and full and (residual_S <= allowed_S).all():
             break
         dual.correct(sampled, exact)
         theta_S, sample_floor = sampled.theta_S, min(floor * sampled.ess / exact.ess, 1.0 - 1e-9)
     while exact.ess < floor:  # not converged: shrink θ until the floor is met
         smaller_S = exact.theta_S * (0.999 * _distance(floor) / _distance(exact.ess))
         exact, passes = evaluate(units, smaller_S, threads), passes + 1
-    return exact, strength, problem.miss_S(exact, strength), passes
+    return exact, lambda_, problem.residual_S(exact, lambda_), passes

@@ -1,6 +1,6 @@
-"""From log-weights to weights: sums over the counted tokens, chunk by chunk, in one fixed order.
+"""Weights from log-weights: sums over the counted tokens, chunk by chunk, in a fixed order.
 
-Shape legend: T tokens (flat order), R rows. Arrays over T are files in a spool directory.
+Shape legend: T tokens (flat order), R rows. Arrays over T may be memory-mapped files.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from trace_ds.corpora.dataset import TokenMap
 
 
 class TokenValues(Protocol):
-    """Values per token that support slicing: an array, or an object that expands those of rows or documents."""
+    """Values per token, read in slices: an array, or an object that computes them from values of rows or documents."""
 
     def __getitem__(self, span: slice, /) -> np.ndarray: ...
 
 
 def _moments(u_T: np.ndarray, tokens: TokenMap, exponent: float, top: float) -> tuple[float, float, int]:
-    """Σ w, Σ w² and n of w = exp(c (u − top)) over counted tokens."""
+    """Return Σ w, Σ w² and the number n of the counted tokens, with w = exp(c (u − top)).
+
+    Raises:
+        ValueError: no token is counted.
+    """
     total, square, count = 0.0, 0.0, 0
     for start, stop in tokens.spans():
         w = np.exp(exponent * (np.asarray(u_T[start:stop])[tokens.counted(start, stop)] - top))
@@ -37,10 +41,10 @@ def _top(u_T: np.ndarray, tokens: TokenMap) -> float:
     return max(tops, default=0.0)
 
 
-def flattening(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
-    """The largest c in [0, 1] at which the weights exp(c u) keep an effective sample size of ``ess_floor``.
+def largest_exponent_tokens(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
+    """Return the largest c in [0, 1] whose token weights exp(c u) keep the effective sample size.
 
-    As a share of the counted tokens; by bisection to 1e-4.
+    That is (Σw)²/(nΣw²) ≥ ``ess_floor`` over the n counted tokens. Bisection, to 1e-4.
     """
     top = _top(u_T, tokens)
 
@@ -57,10 +61,10 @@ def flattening(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
     return low
 
 
-def sharpening(u_R: np.ndarray, ess_floor: float) -> float:
-    """The largest c at which the weights exp(c u) of rows keep an effective sample size of ``ess_floor``.
+def largest_exponent_rows(u_R: np.ndarray, ess_floor: float) -> float:
+    """Return the largest c, at most 1,024, whose row weights exp(c u) keep the effective sample size.
 
-    As a share of the rows; to 1e-6 of c, which is at most 1,024.
+    That is (Σw)²/(RΣw²) ≥ ``ess_floor``. Bisection, to a relative 1e-6.
     """
 
     def ess(exponent: float) -> float:
@@ -80,7 +84,7 @@ def sharpening(u_R: np.ndarray, ess_floor: float) -> float:
 
 
 def exponentiate(u_T: np.ndarray, weight_T: np.ndarray, tokens: TokenMap, exponent: float) -> float:
-    """Write w = exp(c u) / mean; returns the log of that mean."""
+    """Write w = exp(c u) / mean to ``weight_T`` (0 at tokens that are not counted) and return the log of the mean."""
     top = _top(u_T, tokens)
     total, _, count = _moments(u_T, tokens, exponent, top)
     for start, stop in tokens.spans():
@@ -90,13 +94,13 @@ def exponentiate(u_T: np.ndarray, weight_T: np.ndarray, tokens: TokenMap, expone
 
 
 def row_means(value_T: TokenValues, tokens: TokenMap) -> np.ndarray:
-    """Mean over the counted tokens of every row, float64 [R]; 0 for a row without any."""
+    """Return the mean over the counted tokens of every row, float64 [R]; 0 for a row without any."""
     sums_R, counts_R = np.zeros(tokens.rows), np.zeros(tokens.rows, np.int64)
     for start, stop in tokens.spans():
         counted = tokens.counted(start, stop)
         row = tokens.row_of(start, stop)[counted]
         if len(row):
-            # rows follow each other, so a chunk needs bins from its first row's number on only
+            # tokens are ordered by row, so a chunk only touches the rows from its first to its last
             first, size = int(row[0]), int(row[-1] - row[0]) + 1
             values = np.asarray(value_T[start:stop])[counted]
             sums_R[first : first + size] += np.bincount(row - first, values, size)
@@ -104,8 +108,8 @@ def row_means(value_T: TokenValues, tokens: TokenMap) -> np.ndarray:
     return np.where(counts_R > 0, sums_R / np.maximum(counts_R, 1), 0.0)
 
 
-def size_and_maximum(weight_T: TokenValues, tokens: TokenMap) -> tuple[float, float]:
-    """(effective sample size as a fraction, largest weight) of the counted tokens."""
+def ess_and_max_weight(weight_T: TokenValues, tokens: TokenMap) -> tuple[float, float]:
+    """Return the effective sample size, as a fraction, and the largest weight of the counted tokens."""
     total = square = largest = 0.0
     count = 0
     for start, stop in tokens.spans():

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 UNIFORM_ESS = 0.999
 NONE_FOUND_FIX = (
-    "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set calibration.if_none_found: "
+    "lower calibration.detection.min_ratio or min_load, or set calibration.if_none_found: "
     "uniform (go on with uniform weights) or continue (with the rule, over all experts if calibration.experts is all)"
 )
 
@@ -172,7 +172,7 @@ def _make(
         if by_rows:
             calibrated = weigh_rows(request, selections)
         else:
-            trace = None if request.uniform else load_trace(config, job.retain, retain, tokens)
+            trace = None if request.ignores_routing else load_trace(config, job.retain, retain, tokens)
             calibrated = weigh_tokens(request, trace, spool)
         refuse_useless(config, calibrated, run)
         with replacing_directory(run.calibration) as directory:
@@ -200,14 +200,14 @@ def refuse_useless(config: Config, calibrated: RuleResult, run: RunDirectory) ->
     if raking is not None and not raking.converged:
         raise UserError(
             f"the solver ended short of its targets after {raking.passes} passes over all tokens (lambda "
-            f"{raking.strength:.3f}): frequencies miss them by up to {raking.error:.1e}",
+            f"{raking.lambda_:.3f}): frequencies miss them by up to {raking.residual:.1e}",
             str(run.calibration),
             f"{fewer_experts(settings)}set another calibration.ess_floor, or calibration.rule: uniform",
         )
     if calibrated.scope_LE.any() and calibrated.ess > UNIFORM_ESS and settings.ess_floor <= UNIFORM_ESS:
         raise UserError(
             f"the rule {settings.rule} gave uniform weights (effective sample size {calibrated.ess:.6f}, lambda "
-            f"{calibrated.strength:.3g})",
+            f"{calibrated.lambda_:.3g})",
             str(run.calibration),
             "set calibration.rule: uniform if that is what you want; otherwise give retain text that is routed "
             "differently in different documents" + (", or another calibration.experts" if raking is not None else ""),

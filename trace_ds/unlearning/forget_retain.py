@@ -1,7 +1,8 @@
 """The forget and retain losses of a micro-batch: one pass of the trained model, at most one of the frozen one.
 
-Any forget loss goes with any retain loss. Three kinds exist: values of tokens from their logits, sums over sequences
-from token losses (the tables of losses.py), and hidden states at a layer. To add one: docs/objectives.md.
+Any forget loss goes with any retain loss. Three kinds exist: losses of tokens, from their logits, and of sequences,
+from token losses (both in the tables of losses.py), and losses of hidden states (``rmu``, ``hidden_mse``), which are
+branches here. To add one: docs/objectives.md.
 
 Shape legend: F forget rows, R retain rows, B all rows (forget, retain, and alternative ones last), S positions,
 D hidden size, V vocabulary, N tokens of a request, C of a chunk of them.
@@ -33,8 +34,9 @@ from trace_ds.unlearning.seuf import Anchor, router_logits
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of this rank's micro-batch, with gradient. The job weights and sums the retain side: the weights of TRACE
-    act in one place, under every objective.
+    """Losses of this rank's micro-batch, with gradient.
+
+    The job weights and sums the retain losses, so TRACE's weights apply in one place for every objective.
 
     Attributes:
         forget: scalar, the sum over the forget rows.
@@ -101,7 +103,7 @@ class ForgetRetain:
         target_D: RMU: c·u; adaptive: β·u.
         frozen: the frozen model, if ``collect`` did not save all that is needed of it.
         anchor: SEUF's penalty on one router.
-        sinks: offsets in a document that losses of hidden states leave out (attention sinks, hidden_norms.py).
+        sinks: offsets in a document that hidden-state losses skip (attention sinks, hidden_norms.py).
     """
 
     settings: UnlearningConfig
@@ -112,18 +114,17 @@ class ForgetRetain:
     sinks: tuple[int, ...] = ()
 
     def __call__(self, engine: Any, batch: MicroBatch, frozen: FrozenStates) -> Losses:
-        loss, first_retain, end_retain = self.settings.forget_loss, batch.forget_rows, len(batch.counted_BS)
+        name, first_retain, end_retain = self.settings.forget_loss, batch.forget_rows, len(batch.counted_BS)
         ids_BS, positions_BS, counted_BS = batch.input_ids_BS, batch.position_ids_BS, batch.counted_BS
         if batch.alternative is not None:
-            other = batch.alternative
-            ids_BS = torch.cat([ids_BS, other.input_ids_BS])
-            positions_BS = torch.cat([positions_BS, other.position_ids_BS])
-            counted_BS = torch.cat([counted_BS, other.counted_BS])
-        # of each side: its rows, (row, column) of its counted tokens, and its token loss
+            ids_BS = torch.cat([ids_BS, batch.alternative.input_ids_BS])
+            positions_BS = torch.cat([positions_BS, batch.alternative.position_ids_BS])
+            counted_BS = torch.cat([counted_BS, batch.alternative.counted_BS])
+        # per side: its rows, (row, column) of its counted tokens, and the name of its token loss
         sides: dict[str, tuple[slice, torch.Tensor, str]] = {}
-        if loss != "rmu":
+        if name != "rmu":
             places_2N = batch.places_2N[:, : batch.forget_places]
-            sides["forget"] = (slice(first_retain), places_2N, "nll" if loss in SEQUENCE_LOSSES else loss)
+            sides["forget"] = (slice(first_retain), places_2N, "nll" if name in SEQUENCE_LOSSES else name)
         used_BS = counted_BS
         # positions restart with each document, so they are offsets in it
         for offset in self.sinks:
@@ -135,14 +136,14 @@ class ForgetRetain:
         if batch.alternative is not None:
             rows_N, columns_N = batch.alternative.places_2N
             sides["alternative"] = (slice(end_retain, None), torch.stack([rows_N + end_retain, columns_N]), "nll")
-        # One pass for all sides: another would gather every layer once more under ZeRO-3, and exchange tokens between
-        # the experts' ranks once more.
-        requests = [self._request(ids_BS, places_2N, name, frozen) for _, places_2N, name in sides.values()]
+        # One pass for all sides: a second one would gather every layer under ZeRO-3, and exchange tokens between the
+        # ranks of the experts, once more.
+        requests = [self._request(ids_BS, places_2N, token_loss, frozen) for _, places_2N, token_loss in sides.values()]
         with router_logits(engine.module, self.anchor.moe_layer if self.anchor else None) as logits:
             outputs = forward(engine, ids_BS, positions_BS, layer=self.needs.layer, requests=requests)
         values = {
-            side: _in_place(counted_BS, request, value_N)[side_rows]
-            for (side, (side_rows, _, _)), request, value_N in zip(sides.items(), requests, outputs.values, strict=True)
+            side: _scatter(counted_BS, request, value_N)[rows]
+            for (side, (rows, _, _)), request, value_N in zip(sides.items(), requests, outputs.values, strict=True)
         }
         if retain_loss == "hidden_mse":
             assert outputs.layer_BSD is not None
@@ -151,23 +152,21 @@ class ForgetRetain:
         else:
             retain_RS = values["retain"]
         counted_FS = counted_BS[:first_retain]
-        if loss == "rmu":
+        if name == "rmu":
             assert outputs.layer_BSD is not None and self.target_D is not None
             target = self.target_D
             if self.settings.rmu.scale == "adaptive":
                 target = adaptive_rmu_target(target, frozen.hidden(0, first_retain))
             forget = (hidden_mse(outputs.layer_BSD[:first_retain], target) * used_BS[:first_retain]).sum()
-        elif loss in SEQUENCE_LOSSES:
+        elif name in SEQUENCE_LOSSES:
             reference_FS = batch.reference_nll_BS[:first_retain]
-            preferred_reference = None if batch.alternative is None else batch.alternative.reference_nll_BS
-            rows = SequenceNLL(
-                values["forget"], reference_FS, counted_FS, values.get("alternative"), preferred_reference
-            )
-            forget = SEQUENCE_LOSSES[loss](self.settings, rows)
+            alternative_FS = None if batch.alternative is None else batch.alternative.reference_nll_BS
+            nll = SequenceNLL(values["forget"], reference_FS, counted_FS, values.get("alternative"), alternative_FS)
+            forget = SEQUENCE_LOSSES[name](self.settings, nll)
         else:
             forget = values["forget"].sum()
         penalty = self.anchor.penalty(logits[0], counted_FS) if self.anchor else None
-        return Losses(forget, retain_RS, "sequence" if loss in SEQUENCE_LOSSES else "token", penalty)
+        return Losses(forget, retain_RS, "sequence" if name in SEQUENCE_LOSSES else "token", penalty)
 
     def frozen_states(self, batches: Sequence[MicroBatch]) -> Iterator[FrozenStates]:
         """The frozen model's hidden states for each micro-batch of a step in turn, computed when needed, in as few
@@ -221,8 +220,8 @@ class ForgetRetain:
         return HeadRequest(rows_N, columns_N, values)
 
 
-def _in_place(counted_BS: torch.Tensor, request: HeadRequest, values_N: torch.Tensor) -> torch.Tensor:
-    """Values of tokens at their rows and columns, 0 elsewhere, [B, S]."""
+def _scatter(counted_BS: torch.Tensor, request: HeadRequest, values_N: torch.Tensor) -> torch.Tensor:
+    """Token values at their positions, 0 elsewhere, [B, S]."""
     return torch.zeros(counted_BS.shape, device=values_N.device).index_put(
         (request.rows_N, request.columns_N), values_N
     )
