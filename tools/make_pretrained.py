@@ -66,7 +66,7 @@ from trace_ds.demo.corpora import (
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import ChoiceItem
 from trace_ds.evaluation.kinds import evaluate_choice
-from trace_ds.evaluation.language_model import LanguageModel, ModelSettings, loaded
+from trace_ds.evaluation.language_model import LanguageModel, ModelSettings, open_language_model
 from trace_ds.models.engine import keep_freed_memory
 from trace_ds.run.files import DEMO_MODEL, replacing_directory, write_json
 
@@ -357,7 +357,7 @@ def write_tasks(folder: Path, destination: Path, texts: Texts, seeds: Sequence[i
     """Write the tasks of the base splits; how many of the questions tried the model answers rightly."""
     tokenizer, settings = load_tokenizer(folder), ModelSettings("fp32", add_bos=False, add_eos=True, batch_rows=64)
     answered = {}
-    with loaded(str(folder), tokenizer, settings) as model:
+    with open_language_model(str(folder), tokenizer, settings) as model:
         for seed in seeds:
             split = split_facts(records(), random.Random(f"facts {seed}"))
             questions_of = {side: _answered(model, split[side], number) for side, number in TRIAL_QUESTIONS.items()}

@@ -20,7 +20,7 @@ from test_evaluation_stage import Case, case, evaluate_on, with_every_kind_of_ta
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.evaluation.drift import sample_routing
-from trace_ds.evaluation.language_model import LanguageModel, Sharding, loaded
+from trace_ds.evaluation.language_model import LanguageModel, Sharding, open_language_model
 from trace_ds.models.families import FAMILIES
 from trace_ds.stages.pipeline import Request, check_early
 
@@ -68,7 +68,7 @@ def sharded_measurements(world: Any, models: dict[str, str], dataset: str) -> di
     for family, path in models.items():
         for sharding in SHARDED[world.size] if family in FAMILIES else [Sharding(1, 3)]:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            with nothing_kept_whole(), loaded(path, tokenizer, SETTINGS, world, sharding) as model:
+            with nothing_kept_whole(), open_language_model(path, tokenizer, SETTINGS, world, sharding) as model:
                 parameters = sum(
                     p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in model.model.parameters()
                 )
@@ -94,7 +94,7 @@ def test_scores_are_those_of_a_whole_model(world: int, models: dict[str, str], d
     tried = models if world == 2 else {"mixtral": models["mixtral"]}
     ranks = run_distributed(sharded_measurements, world, tried, dataset)
     for family, path in tried.items():
-        with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS) as model:
+        with open_language_model(path, AutoTokenizer.from_pretrained(path), SETTINGS) as model:
             alone, whole = measured(model, dataset), sum(p.numel() for p in model.model.parameters())
         for sharding, parameters, result in (entry for rank in ranks for entry in rank[family]):
             where = f"{family} {sharding}"
@@ -141,7 +141,7 @@ def most_gathered(world: Any, path: str) -> tuple[int, int, int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    with nothing_kept_whole(), loaded(path, tokenizer, SETTINGS, world, Sharding(1, 3)) as model:
+    with nothing_kept_whole(), open_language_model(path, tokenizer, SETTINGS, world, Sharding(1, 3)) as model:
         every = list(model.model.parameters())
         seen = [0]
 

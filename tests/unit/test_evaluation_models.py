@@ -18,7 +18,7 @@ from trace_ds.evaluation.language_model import (
     LanguageModel,
     ModelSettings,
     Sequence,
-    loaded,
+    open_language_model,
 )
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -70,7 +70,7 @@ def opened(path: Path, settings: ModelSettings = SETTINGS) -> Any:
     """The model in a directory, loaded with its own tokenizer."""
     from transformers import AutoTokenizer
 
-    return loaded(str(path), AutoTokenizer.from_pretrained(path), settings)
+    return open_language_model(str(path), AutoTokenizer.from_pretrained(path), settings)
 
 
 def change_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -202,5 +202,8 @@ def test_a_token_across_the_boundary_is_scored() -> None:
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model")
     tokenizer = save_tokenizer(tmp_path / "other", [*WORDS, "more"])
-    with pytest.raises(UserError, match="64 tokens and the model 63"), loaded(str(path), tokenizer, SETTINGS):
+    with (
+        pytest.raises(UserError, match="64 tokens and the model 63"),
+        open_language_model(str(path), tokenizer, SETTINGS),
+    ):
         pass

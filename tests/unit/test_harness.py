@@ -23,7 +23,7 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation import harness
 from trace_ds.evaluation.items import ChoiceItem, read_task
 from trace_ds.evaluation.kinds import evaluate_choice, evaluate_perplexity
-from trace_ds.evaluation.language_model import ModelSettings, Sequence, Sharding, loaded
+from trace_ds.evaluation.language_model import ModelSettings, Sequence, Sharding, open_language_model
 from trace_ds.evaluation.tasks import run_task
 from trace_ds.reporting.tables import item_cells
 
@@ -81,7 +81,9 @@ def our_outcomes(world: Any, folder: str, sharding: Sharding | None = None) -> l
     path = f"{folder}/model"
     settings = ModelSettings("fp32", add_bos=True, add_eos=True, batch_rows=4)
     raw = {"type": "lm_eval", "include_path": f"{folder}/tasks", "role": "forget"}
-    with loaded(path, AutoTokenizer.from_pretrained(path), settings, world, sharding or Sharding()) as model:
+    with open_language_model(
+        path, AutoTokenizer.from_pretrained(path), settings, world, sharding or Sharding()
+    ) as model:
         configs = [TaskConfig.model_validate(raw | {"name": name, "task": f"{name}_here"}) for name in SUBJECTS]
         tasks = list(map(read_task, configs))
         results = [run_task(model, task, max_new_tokens=4, context_length=64) for task in tasks]
@@ -115,7 +117,7 @@ def test_choices_are_scored_as_the_harness_does_where_texts_begin_alike(
         ChoiceItem(str(n), " ".join(draw.choices(words, k=4)), tuple(draw.sample(words, 4)), n % 4, "")
         for n in range(12)
     ]
-    with loaded(str(path), tokenizer, ModelSettings("fp32", add_bos, True, 4)) as model:
+    with open_language_model(str(path), tokenizer, ModelSettings("fp32", add_bos, True, 4)) as model:
         ours = evaluate_choice(model, items, "here")
         theirs = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=4, backend="causal").loglikelihood(
             [
@@ -148,7 +150,7 @@ def test_perplexity_differs_from_the_harness_by_the_end_of_each_document(tmp_pat
     texts = [" ".join(draw.choices([f"w{n}" for n in range(60)], k=draw.randint(3, 20))) for _ in range(20)]
     nll = {}
     for add_eos in (True, False):
-        with loaded(str(path), tokenizer, ModelSettings("fp32", True, add_eos, 4)) as model:
+        with open_language_model(str(path), tokenizer, ModelSettings("fp32", True, add_eos, 4)) as model:
             outcome = evaluate_perplexity(model, [Document(text, "") for text in texts], 64, "here")
             nll[add_eos] = float(outcome.columns["nll"].sum())
             ended = [(*model.encode(text), tokenizer.eos_token_id) for text in texts]
@@ -229,7 +231,7 @@ def test_solved_examples_and_the_chat_template_are_lm_evals(place: Path) -> None
     results = {}
     for keys in ({"num_fewshot": 2, "apply_chat_template": True}, {"num_fewshot": 2}, {}):
         read = read_task(TaskConfig.model_validate(raw | keys))
-        with loaded(str(place / "chat"), tokenizer, ModelSettings("fp32", True, True, 4)) as model:
+        with open_language_model(str(place / "chat"), tokenizer, ModelSettings("fp32", True, True, 4)) as model:
             outcome = run_task(model, read, max_new_tokens=4, context_length=64)
         results[tuple(keys)] = [item["log_prob"] for item in outcome.items]
     ours, without, zero_shot = results.values()
@@ -353,7 +355,7 @@ def test_what_a_model_raises_is_no_mistake_of_the_task(place: Path, tmp_path: Pa
 
     path = str(place / "model")
     config = own_task(tmp_path, place, {})
-    with loaded(path, AutoTokenizer.from_pretrained(path), ModelSettings("fp32", True, True, 4)) as model:
+    with open_language_model(path, AutoTokenizer.from_pretrained(path), ModelSettings("fp32", True, True, 4)) as model:
         model.model.register_forward_pre_hook(lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             run_task(model, read_task(config), max_new_tokens=4, context_length=64)

@@ -1,8 +1,9 @@
 """Token datasets: documents packed into rows of an Arrow file, memory-mapped, read by row or by flat position.
 
 Packing keeps the order of documents, and the parts of a document are neighbours, so a contiguous range of rows holds
-whole documents except at its two ends: what the distributed statistics rely on. Attention never crosses documents (the
-position ids restart), so packing changes no number, only the padding.
+whole documents except at its two ends; the distributed statistics rely on this. Attention never crosses documents (the
+position ids restart), so documents in one row do not influence each other. A document that is cut loses context, and
+one counted token, at each cut.
 
 Shape legend: B rows of a batch, S positions of a row, T tokens in flat order, R rows.
 """
@@ -33,7 +34,7 @@ DOCUMENT_SCHEMA = pa.schema([("source", pa.string()), ("tokens", pa.int64()), ("
 
 @dataclass
 class PackingCounts:
-    """Numbers of documents, tokens and rows packed; ``documents_split``: documents cut into more than one piece."""
+    """Numbers of documents, tokens and rows packed; ``documents_split``: documents cut into several pieces."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -45,7 +46,7 @@ class PackingCounts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised document: ``ids`` int32; ``loss_mask`` bool, the tokens the loss counts; None: all."""
+    """A tokenised document: ``ids`` int32; ``loss_mask`` bool, tokens that contribute to the loss; None: all."""
 
     ids: np.ndarray
     loss_mask: np.ndarray | None = None
@@ -104,8 +105,8 @@ def pack(
         documents: each tokenised, or its ids (there may be none; the document keeps its index).
         context_length: most tokens of a row.
         packing: ``dense`` (cut wherever a row ends), ``whole`` (never cut a document that fits into a row) or
-            ``single`` (one document a row).
-        counts: filled while rows are yielded.
+            ``single`` (no row has tokens of two documents).
+        counts: updated while rows are yielded.
     """
     row = _OpenRow()
     for index, document in enumerate(documents):
@@ -128,10 +129,10 @@ def pack(
 
 
 def counted_positions(document_ids: np.ndarray, loss_mask: np.ndarray | None = None) -> np.ndarray:
-    """Which positions of rows (last axis) are loss-bearing: the next token exists, belongs to the same document, and is
-    one that ``loss_mask`` (None: all) lets the loss count. Losses and routing statistics take the same positions.
+    """Return the counted positions of rows (last axis), bool of the same shape.
 
-    Bool, of the same shape; a negative document is filling.
+    A position is counted if the next token exists, belongs to the same document, and ``loss_mask`` (None: all) includes
+    that token. Losses and routing statistics use the same positions. A negative document id is padding.
     """
     counted = np.zeros(document_ids.shape, dtype=bool)
     counted[..., :-1] = (document_ids[..., 1:] == document_ids[..., :-1]) & (document_ids[..., 1:] >= 0)
@@ -149,14 +150,14 @@ def _counted(row: PackedRow, counts: PackingCounts) -> PackedRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors, filled at the right to the longest one.
+    """Rows as tensors, padded on the right to the longest one.
 
     Attributes:
         input_ids_BS: int64 token ids.
-        position_ids_BS: int64, restarting at 0 with each document (and with the filling): this is what keeps
+        position_ids_BS: int64, restarting at 0 with each document (and in the padding), which keeps
             attention inside documents.
-        counted_BS: bool, the loss-bearing positions; False in the filling.
-        document_ids_BS: int64 document index, -1 in the filling.
+        counted_BS: bool, the positions of :func:`counted_positions`; False in the padding.
+        document_ids_BS: int64 document index, -1 in the padding.
     """
 
     input_ids_BS: torch.Tensor
@@ -166,7 +167,7 @@ class Batch:
 
 
 class FlatArray:
-    """Arrays that follow each other along the first axis, sliced as if they were one (``ValueError``: none at all)."""
+    """Arrays concatenated along the first axis without a copy, sliced as one; ValueError if there are none."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         if not parts:
@@ -180,7 +181,7 @@ class FlatArray:
         return int(self._ends[-1])
 
     def __getitem__(self, span: slice | int) -> np.ndarray:
-        """One line, or those from ``span.start`` to ``span.stop`` (a view where they lie in one part, else a copy)."""
+        """Return one item, or those of ``span`` (a view if they lie in one part, else a copy)."""
         if not isinstance(span, slice):
             return np.asarray(self[span : span + 1][0])
         begin, end, _ = span.indices(len(self))
@@ -196,14 +197,14 @@ class FlatArray:
 class TokenMap:
     """Rows and documents of a flat token sequence: rows in order, the tokens of a row in order.
 
-    Everything is read in chunks of :data:`CHUNK_TOKENS` *flat* tokens, whatever the parts of the files are, so that
-    every sum is taken in one order and the results are bitwise independent of the sharding.
+    Everything is read in chunks of :data:`CHUNK_TOKENS` *flat* tokens, regardless of how the files are chunked, so
+    that every sum is taken in one order and results are bitwise independent of the sharding.
 
     Attributes:
         row_starts_R1: int64 [rows + 1], flat position of each row's first token; the last entry is the token total.
         document_ids_T: int32, document index of every token, non-decreasing (an array, a memory map or FlatArray).
         documents: number of documents.
-        loss_mask_T: uint8 or bool, the tokens whose prediction the loss counts; None: all.
+        loss_mask_T: uint8 or bool, 1 for tokens that contribute to the loss; None: all.
     """
 
     row_starts_R1: np.ndarray
@@ -221,30 +222,30 @@ class TokenMap:
         return len(self.row_starts_R1) - 1
 
     def spans(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
-        """The chunks as (start, stop) in flat positions."""
+        """Return the chunks as (start, stop) in flat positions."""
         stop = self.tokens if stop is None else stop
         return [(at, min(at + CHUNK_TOKENS, stop)) for at in range(start, stop, CHUNK_TOKENS)]
 
     def counted(self, start: int, stop: int) -> np.ndarray:
-        """bool [stop - start]: :func:`counted_positions` of flat positions."""
+        """Return :func:`counted_positions` of flat positions, bool [stop - start]."""
         span = slice(start, min(stop + 1, self.tokens))
         mask_T = None if self.loss_mask_T is None else self.loss_mask_T[span]
         result_T = counted_positions(self.document_ids_T[span], mask_T)
-        if stop < self.tokens:  # one token more was read
+        if stop < self.tokens:  # one more token was read
             result_T = result_T[:-1]
-        # the last token of a row predicts nothing, though a document may go on in the next row
+        # the last token of a row predicts nothing, even if its document continues in the next row
         first = int(np.searchsorted(self.row_starts_R1, start + 1, side="left"))
         last = int(np.searchsorted(self.row_starts_R1, stop, side="right"))
         result_T[self.row_starts_R1[first:last] - 1 - start] = False
         return result_T
 
     def row_of(self, start: int, stop: int) -> np.ndarray:
-        """int64 [stop - start]: the row of each token (rows without tokens are never returned)."""
+        """Return the row of each token, int64 [stop - start]."""
         first, edges = self._edges(start, stop)
         return np.repeat(np.arange(first, first + len(edges) - 1), np.diff(edges))
 
     def counted_per_row(self) -> np.ndarray:
-        """Counted tokens of each row, int64 [rows]; no more than a chunk's tokens are in memory at a time."""
+        """Return the number of counted tokens of each row, int64 [rows]; holds one chunk in memory at a time."""
         counted_R = np.zeros(self.rows, dtype=np.int64)
         for start, stop in self.spans():
             first, edges = self._edges(start, stop)
@@ -256,14 +257,14 @@ class TokenMap:
         return sum(int(self.counted(*span).sum()) for span in self.spans())
 
     def _edges(self, start: int, stop: int) -> tuple[int, np.ndarray]:
-        """(the row of position ``start``, where it and the following rows begin in ``start … stop``, and its end)."""
+        """Return the first row of [start, stop), and the row boundaries in that span, relative to ``start``."""
         first = int(np.searchsorted(self.row_starts_R1, start, side="right")) - 1
         last = int(np.searchsorted(self.row_starts_R1, stop, side="left"))
         return first, np.clip(self.row_starts_R1[first : last + 1], start, stop) - start
 
 
 class TokenDataset(TokenMap):
-    """A memory-mapped file of packed rows: their token ids beside what :class:`TokenMap` knows of them."""
+    """A memory-mapped file of packed rows: a :class:`TokenMap` with the token ids."""
 
     def __init__(self, table: pa.Table) -> None:
         ids, documents = (table.column(name).chunks for name in ROW_SCHEMA.names)
@@ -290,19 +291,19 @@ class TokenDataset(TokenMap):
         return PackedRow(self.input_ids_T[tokens], np.asarray(self.document_ids_T[tokens]), mask)
 
     def batch(self, indices: Sequence[int], pad_id: int, length: int | None = None) -> Batch:
-        """Rows as one :class:`Batch`.
+        """Return rows as one :class:`Batch`.
 
         Args:
-            indices: row numbers; -1 gives an empty row (filling only), so that every process can take part in every
+            indices: row numbers; -1 gives an empty row (padding only), so that every process can take part in every
                 collective step.
-            pad_id: token id of the filling.
+            pad_id: token id of the padding.
             length: S; default: the longest of the rows (at least 1).
         """
         return batch_of([self.row(index) if index >= 0 else None for index in indices], pad_id, length)
 
 
 def batch_of(rows: Sequence[PackedRow | None], pad_id: int, length: int | None = None) -> Batch:
-    """Rows as one :class:`Batch`; see :meth:`TokenDataset.batch`."""
+    """Return rows as one :class:`Batch`; see :meth:`TokenDataset.batch`."""
     import torch
 
     length = length or max([len(row.input_ids) for row in rows if row is not None], default=1)
@@ -324,15 +325,15 @@ def batch_of(rows: Sequence[PackedRow | None], pad_id: int, length: int | None =
 
 
 class ArrowWriter:
-    """Writes lines into an Arrow file, :data:`ROWS_PER_BATCH` at a time (constant memory)."""
+    """Writes rows to an Arrow IPC stream, :data:`ROWS_PER_BATCH` at a time (constant memory)."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._schema, self._sink = schema, pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_stream(self._sink, schema)
         self._pending: list[tuple[Any, ...]] = []
 
-    def add(self, *line: Any) -> None:
-        self._pending.append(line)
+    def add(self, *row: Any) -> None:
+        self._pending.append(row)
         if len(self._pending) == ROWS_PER_BATCH:
             self._flush()
 
@@ -353,7 +354,7 @@ def write_rows(path: Path, rows: Iterable[PackedRow], *, masked: bool = False) -
     """Stream rows into a file that :meth:`TokenDataset.open` reads.
 
     Args:
-        masked: with the column ``loss_mask``; False: no row has one.
+        masked: write the column ``loss_mask``; without it the masks of rows are dropped.
     """
     with contextlib.closing(ArrowWriter(path, MASKED_ROW_SCHEMA if masked else ROW_SCHEMA)) as writer:
         for row in rows:
@@ -362,18 +363,18 @@ def write_rows(path: Path, rows: Iterable[PackedRow], *, masked: bool = False) -
 
 
 def text_start(text: str) -> str:
-    """How a document begins, in the table beside its token dataset (:data:`TEXT_START_READ` characters tell)."""
+    """Return the beginning of a document on one line (made of its first :data:`TEXT_START_READ` characters)."""
     return " ".join(text[:TEXT_START_READ].split())[:TEXT_START_CHARACTERS]
 
 
 def open_stream(path: Path) -> pa.RecordBatchStreamReader:
-    """Reader of an Arrow IPC stream, memory-mapped; :class:`UserError` when the file is not one."""
+    """Return a reader of a memory-mapped Arrow IPC stream; :class:`UserError` if the file is not one."""
     with reading(path, "the Arrow stream", "make it again with `trace-ds prepare CONFIG`"):
         return pa.ipc.open_stream(pa.memory_map(str(path)))
 
 
 def _values(chunk: pa.ListArray) -> np.ndarray:
-    """The values of all lists of a chunk, one after the other; a view of the file."""
+    """Return the concatenated values of a chunk's lists, a view of the file."""
     values = np.from_dlpack(chunk.values)  # no copy; Array.to_numpy would import pandas in every rank
     return values[chunk.offsets[0].as_py() : chunk.offsets[-1].as_py()]
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trace_ds.corpora.dataset import TokenDataset
-from trace_ds.evaluation.language_model import Advance, LanguageModel
+from trace_ds.evaluation.language_model import LanguageModel, OnProgress
 from trace_ds.evaluation.metrics import DRIFT_ROWS
 from trace_ds.parallel.device import to_device
 from trace_ds.run.artefact import Artefact
@@ -61,7 +61,7 @@ def sample_routing(
     dataset: TokenDataset,
     rows: int,
     batch_rows: int,
-    advance: Advance | None = None,
+    progress: OnProgress | None = None,
 ) -> RoutingSample:
     """Run the first ``rows`` rows of a dataset through a plain Hugging Face model and keep the routers' choices."""
     from trace_ds.models.attention import packed
@@ -85,10 +85,10 @@ def sample_routing(
         return chosen_TLK[batch.counted_BS.reshape(-1)].numpy().astype(np.int32)
 
     def report(begin: int) -> None:
-        if advance is not None:
-            advance(min(step, rows - begin))
+        if progress is not None:
+            progress(min(step, rows - begin))
 
-    return RoutingSample(np.concatenate(language_model.shared_out(list(range(0, rows, step)), choices, report)), rows)
+    return RoutingSample(np.concatenate(language_model.map_batches(list(range(0, rows, step)), choices, report)), rows)
 
 
 def routing_samples(data: Artefact, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:

@@ -27,7 +27,7 @@ import numpy as np
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import CHOICES, ChoiceItem, QuestionItem, VerbatimItem, beginning
-from trace_ds.evaluation.language_model import Advance, LanguageModel, Sequence, shared_start
+from trace_ds.evaluation.language_model import LanguageModel, OnProgress, Sequence, common_prefix_length
 
 NEW_TOKENS, KNOWMEM_EXAMPLES = 32, 10  # of knowmem: tokens of an answer, solved questions in the prompt
 ENDS = ("\n\n", "\nQuestion", "Question:")
@@ -83,9 +83,9 @@ def item_logs(items: SequenceOf[Any], columns: dict[str, np.ndarray], **texts: S
 
 
 def evaluate_choice(
-    model: LanguageModel, items: list[ChoiceItem], where: str, advance: Advance | None = None
+    model: LanguageModel, items: list[ChoiceItem], where: str, progress: OnProgress | None = None
 ) -> Outcome:
-    """Score all choices of all items; ``advance`` counts completions. Ties go to the first choice.
+    """Score all choices of all items; ``progress`` counts completions. Ties go to the first choice.
 
     Scored is ``prompt + " " + choice``, with a BOS token before it where ``data.add_bos`` puts one before the documents
     of the run. The harness leaves that to the tokenizer: where the two differ, its numbers are those of another text,
@@ -101,7 +101,7 @@ def evaluate_choice(
         for item in items
         for choice in item.choices
     ]
-    scores = model.score(sequences, advance)
+    scores = model.score(sequences, progress)
     log_prob_IC = np.array([score.log_prob.sum(dtype=np.float64) for score in scores]).reshape(-1, CHOICES)
     characters_IC = np.array([[len(choice) for choice in item.choices] for item in items], dtype=np.float64)
     exact_IC = np.array([bool(score.is_argmax.all()) for score in scores]).reshape(-1, CHOICES)
@@ -154,9 +154,9 @@ def evaluate_verbatim(
     items: list[VerbatimItem],
     max_new_tokens: int,
     where: str,
-    advance: Advance | None = None,
+    progress: OnProgress | None = None,
 ) -> Outcome:
-    """Continue every prompt greedily and compare; ``advance`` counts items.
+    """Continue every prompt greedily and compare; ``progress`` counts items.
 
     MUSE cuts the true continuation to 128 tokens. Our decision: the model's is also cut to the length of a true one
     that is *shorter* than ``max_new_tokens``, so that perfect recall scores 1; with longer ones nothing differs.
@@ -166,13 +166,13 @@ def evaluate_verbatim(
         prompt, continuation = boundary(item.prompt, item.continuation)
         ids, passage = model.encode(prompt), model.encode(prompt + continuation)
         # as in encode_completion; a token that spans the boundary belongs to the reference
-        shared = max(min(shared_start(passage, ids), len(passage) - 1), 0)
+        shared = max(min(common_prefix_length(passage, ids), len(passage) - 1), 0)
         prompts.append(passage[:shared] if shared else ids)
         references.append(passage[shared : shared + max_new_tokens])
         model.check_length(len(prompts[-1]) + len(references[-1]), f"{where} item {item.id}")
     pairs = zip(prompts, references, strict=True)
     scores = model.score([Sequence((*prompt, *reference), len(prompt)) for prompt, reference in pairs])
-    continuations = model.continue_greedily(prompts, [len(reference) for reference in references], advance)
+    continuations = model.continue_greedily(prompts, [len(reference) for reference in references], progress)
     reference_texts, texts = model.decode(references), model.decode(continuations)
     columns = {
         "rouge_l": np.array([rouge_l(*pair) for pair in zip(reference_texts, texts, strict=True)]),
@@ -202,13 +202,13 @@ def evaluate_knowmem(
     items: list[QuestionItem],
     examples: list[QuestionItem],
     where: str,
-    advance: Advance | None = None,
+    progress: OnProgress | None = None,
 ) -> Outcome:
-    """Answer every question greedily; ``advance`` counts items. Of a list of accepted answers the best one counts."""
+    """Answer every question greedily; ``progress`` counts items. Of a list of accepted answers the best one counts."""
     prompts = [model.encode(prompt_of(item.question, examples)) for item in items]
     for item, ids in zip(items, prompts, strict=True):
         model.check_length(len(ids) + NEW_TOKENS, f"{where} item {item.id}")
-    answers = list(map(cut_answer, model.decode(model.continue_greedily(prompts, [NEW_TOKENS] * len(items), advance))))
+    answers = list(map(cut_answer, model.decode(model.continue_greedily(prompts, [NEW_TOKENS] * len(items), progress))))
     pairs = zip(items, answers, strict=True)
     columns = {"rouge_l": np.array([max(rouge_l(answer, given) for answer in item.answers) for item, given in pairs])}
     questions, references = [item.question for item in items], [item.answers[0] for item in items]
@@ -242,17 +242,20 @@ def windows(ids: list[int], context_length: int) -> list[Sequence]:
 
 
 def evaluate_perplexity(
-    model: LanguageModel, documents: list[Document], context_length: int, where: str, advance: Advance | None = None
+    model: LanguageModel, documents: list[Document], context_length: int, where: str, progress: OnProgress | None = None
 ) -> Outcome:
-    """Score every document, with BOS and EOS as the run adds them; ``advance`` counts documents. UserError: no document
-    has two tokens."""
-    limit = model.most_tokens(context_length)
+    """Score every document, with BOS and EOS as the run adds them; ``progress`` counts documents.
+
+    Raises:
+        UserError: no document has two tokens.
+    """
+    limit = model.max_tokens(context_length)
     cuts = [windows(model.encode_document(document.text), limit) for document in documents]
     if not any(cuts):
         raise UserError("no document has two tokens", where, "a perplexity of nothing: add text")
     scores = iter(model.score([window for group in cuts for window in group]))
-    if advance is not None:
-        advance(len(documents))
+    if progress is not None:
+        progress(len(documents))
     logs, nll, tokens = [], [], []
     for number, (document, group) in enumerate(zip(documents, cuts, strict=True)):
         mine = [next(scores) for _ in group]

@@ -1,15 +1,15 @@
-"""A Hugging Face model as metrics need it: load it, score given tokens, continue greedily.
+"""The model wrapper that metrics use: load a Hugging Face model, score given tokens, continue greedily.
 
-    with loaded(path, tokenizer, settings) as model:
+    with open_language_model(path, tokenizer, settings) as model:
         scores = model.score([Sequence((1, 5, 9, 2), first=2)])
 
-Batches are made of sequences of similar length, filled at the *right* and run without an attention mask: attention is
-causal and experts drop no token, so a filled position can influence no real one (in fp32 the same as one by one to
-1e-5; in bf16 another batch size moves the last digits of a matrix product, and with them a close decision).
-Log-probabilities are float32 whatever the model's type. The order of the batches depends on the input only, so a rerun
-on the same machine gives the same bits.
+To score, sequences of similar length are batched, padded on the right and run without an attention mask: attention is
+causal and experts drop no token, so padding cannot influence a real token (in fp32 equal to one by one to 1e-5; in bf16
+another batch size changes the last digits of a matrix product, and with them close decisions). To generate, prompts are
+padded on the left, with a mask. Log-probabilities are float32 for any dtype of the model. The order of the batches
+depends only on the input, so a rerun on the same machine gives the same bits.
 
-Shape legend: B rows of a batch, S positions, V vocabulary, N scored tokens of a batch, P places that predict them.
+Shape legend: B rows of a batch, S positions, V vocabulary, N scored tokens of a batch, P positions that predict them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 LOGITS_PER_FORWARD = 1 << 28  # one GiB of float32 logits
 TOKENS_PER_FORWARD = 1 << 16
-Advance = Callable[[int], None]  # hears how many more of what is counted are done
+OnProgress = Callable[[int], None]  # receives the number of newly finished items
 _T = TypeVar("_T")
 R = TypeVar("R")
 
 
 class Diverged(ArithmeticError):
-    """The model gives log-probabilities that are not finite: no score of it means anything."""
+    """The model's log-probabilities are not finite, so it has no scores."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Sharding:
-    """``ep`` ranks share a model's experts; at ``zero_stage`` 3 each holds a part of every other weight, too."""
+    """``ep`` ranks share a model's experts; at ``zero_stage`` 3 all ranks share all weights."""
 
     ep: int = 1
     zero_stage: int = 0
@@ -91,15 +91,16 @@ class Sharding:
 
 @dataclass(eq=False)
 class LanguageModel:
-    """A causal language model with the tokenizer of the run; made by :func:`loaded`.
+    """A causal language model with the tokenizer of the run; created by :func:`open_language_model`.
 
-    With a ``world`` of several processes each takes every so many-th *batch*; all processes call the same methods and
-    get all results. The batches are those of a single process, and where each holds the whole model so are the numbers,
-    bit for bit on the same kind of device.
+    With a ``world`` of several ranks, each takes every ``world.size``-th *batch*; all ranks call the same methods and
+    get all results. The batches are those of a single process. If each rank holds the whole model so are the numbers,
+    bit for bit on the same kind of device; if it is sharded, up to rounding.
 
-    In ``lockstep`` a model is sharded: its ranks exchange tokens or weights in every layer, so all of them make a
-    forward pass or none, and numbers are those of a single process up to rounding. ``engine``: the training engine of
-    such a model, where it was loaded to be trained.
+    Attributes:
+        lockstep: the model is sharded. Its ranks exchange tokens or weights in every layer, so each forward pass must
+            be made by all of them.
+        engine: the training engine of a sharded model that was loaded to be trained.
     """
 
     model: Any
@@ -109,54 +110,57 @@ class LanguageModel:
     lockstep: bool = False
     engine: Any = None
 
-    def shared_out(self, batches: list[_T], do: Callable[[_T], R], advance: Callable[[_T], None]) -> list[R]:
-        """Run ``do`` on every batch, shared out between the processes; all results, in order, on every process.
+    def map_batches(self, batches: list[_T], fn: Callable[[_T], R], on_batch: Callable[[_T], None]) -> list[R]:
+        """Run ``fn`` on every batch, each on one rank, and return all results, in order, on every rank.
 
-        In lockstep a process for which the last round leaves no batch does one again, and one that has diverged goes
-        on: ``do`` must make the same number of forward passes for every batch.
+        In lockstep, a rank without a batch in the last round repeats the last batch and discards the result, and a rank
+        that has diverged continues: ``fn`` must make the same number of forward passes for every batch.
+
+        Args:
+            on_batch: called on every rank for each finished batch.
 
         Raises:
-            Diverged: ``do`` raised it, on any process.
+            Diverged: ``fn`` raised it, on any rank.
         """
         rank, size = (self.world.rank, self.world.size) if self.world is not None else (0, 1)
-        mine: list[R] = []
+        local: list[R] = []
         diverged = False
         for first in range(0, len(batches), size):
             number = first + rank
             if number >= len(batches) and not self.lockstep:
                 break
             try:
-                result = do(batches[min(number, len(batches) - 1)])
+                result = fn(batches[min(number, len(batches) - 1)])
             except Diverged:
                 diverged = True
                 if not self.lockstep:
                     break
                 continue
             if number < len(batches):
-                mine.append(result)
-                advance(batches[number])
-        parts = [(diverged, mine)] if self.world is None or size == 1 else self.world.gather((diverged, mine))
-        if any(failed for failed, _ in parts):
+                local.append(result)
+                on_batch(batches[number])
+        gathered = [(diverged, local)] if self.world is None or size == 1 else self.world.gather((diverged, local))
+        if any(failed for failed, _ in gathered):
             raise Diverged
         for number, batch in enumerate(batches):
             if number % size != rank:
-                advance(batch)
-        return [parts[number % size][1][number // size] for number in range(len(batches))]
+                on_batch(batch)
+        return [gathered[number % size][1][number // size] for number in range(len(batches))]
 
-    def in_order(
-        self, batches: list[list[int]], do: Callable[[list[int]], list[R]], advance: Advance | None = None
+    def map_indices(
+        self, batches: list[list[int]], fn: Callable[[list[int]], list[R]], progress: OnProgress | None = None
     ) -> list[R]:
-        """Run ``do`` on every batch of indices by :meth:`shared_out`; results in the order of the indices."""
-        results = self.shared_out(batches, do, lambda batch: advance(len(batch)) if advance is not None else None)
+        """Run ``fn`` on every batch of indices with :meth:`map_batches`; return results in the order of the indices."""
+        results = self.map_batches(batches, fn, lambda batch: progress(len(batch)) if progress is not None else None)
         indices = [index for batch in batches for index in batch]
-        by_index = dict(zip(indices, [one for part in results for one in part], strict=True))
+        by_index = dict(zip(indices, [result for batch in results for result in batch], strict=True))
         return [by_index[index] for index in range(len(by_index))]
 
     @classmethod
     def of_engine(
         cls, engine: Any, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, world: World, sharding: Sharding
     ) -> LanguageModel:
-        """The model in a DeepSpeed engine, as it stands."""
+        """Wrap the current model of a DeepSpeed engine."""
         from transformers import GenerationConfig
 
         engine.module.generation_config = GenerationConfig()
@@ -174,31 +178,33 @@ class LanguageModel:
         return pad_token_id(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with BOS where the run puts one before its documents."""
+        """Return the token ids of a text, with BOS if the run's documents begin with one."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         return [bos, *ids] if self.settings.add_bos and bos is not None else list(ids)
 
     def encode_document(self, text: str) -> list[int]:
-        """:meth:`encode`, with EOS where the run puts one after its documents."""
+        """Like :meth:`encode`, with EOS if the run's documents end with one."""
         ids = self.encode(text)
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if self.settings.add_eos and eos is not None else ids
 
     def decode(self, texts: list[list[int]]) -> list[str]:
-        """Token ids as text, without special tokens."""
+        """Return token ids as texts, without special tokens."""
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]
 
     def encode_completion(self, prompt: str, completion: str, where: str) -> Sequence:
-        """``prompt + completion`` as tokens; scored are those after the longest start shared with the prompt alone (a
-        token that spans the boundary is not known from the prompt)."""
+        """Tokenise ``prompt + completion`` to score the tokens after the longest common prefix with the prompt's own.
+
+        A token that spans the boundary is thus scored.
+        """
         ids = self.encode(prompt + completion)
-        first = shared_start(ids, self.encode(prompt))
+        first = common_prefix_length(ids, self.encode(prompt))
         self.check_length(len(ids), where)
         return Sequence(tuple(ids), max(1, min(first, len(ids) - 1)))
 
-    def most_tokens(self, context_length: int) -> int:
-        """Most tokens of one pass: the run's context, or the model's limit where that is less."""
+    def max_tokens(self, context_length: int) -> int:
+        """Return the largest number of tokens in a row: ``context_length``, or the model's limit if that is less."""
         return min(context_length, getattr(self.model.config, "max_position_embeddings", None) or context_length)
 
     def check_length(self, tokens: int, where: str) -> None:
@@ -207,22 +213,22 @@ class LanguageModel:
             raise UserError(f"the item needs {tokens} tokens and the model reads {limit}", where, "shorten the item")
 
     @torch.no_grad()
-    def score(self, sequences: list[Sequence], advance: Advance | None = None) -> list[TokenScores]:
-        """Score the tokens of every sequence; ``advance`` counts sequences.
+    def score(self, sequences: list[Sequence], progress: OnProgress | None = None) -> list[TokenScores]:
+        """Score the tokens of every sequence; ``progress`` counts sequences.
 
         Raises:
             Diverged: a log-probability is not finite.
         """
-        groups = sharing(sequences)
+        groups = group_by_prefix(sequences)
         rows = [Sequence(sequences[group[0]].ids, min(sequences[i].first for i in group)) for group in groups]
         batches = [
             [index for row in batch for index in groups[row]]
             for batch in plan_batches(rows, self.settings.batch_rows, self.model.config.vocab_size)
         ]
-        return self.in_order(batches, lambda batch: self._score_batch([sequences[i] for i in batch]), advance)
+        return self.map_indices(batches, lambda batch: self._score_batch([sequences[i] for i in batch]), progress)
 
     def _score_batch(self, sequences: list[Sequence]) -> list[TokenScores]:
-        """Of sequences that stand behind the one whose row they share (:func:`sharing`)."""
+        """Score one batch, ordered as :func:`group_by_prefix` does: those that share a row follow its owner."""
         rows: list[Sequence] = []
         row_of = []
         for sequence in sequences:
@@ -244,18 +250,19 @@ class LanguageModel:
         sizes = [len(sequence.ids) - sequence.first for sequence in sequences]
         row_N = [row for row, size in zip(row_of, sizes, strict=True) for _ in range(size)]
         token_N = [t for sequence in sequences for t in range(sequence.first, len(sequence.ids))]
-        # which[N]: of the places, each a row and a token that is predicted (from 1 on: "length" itself is one)
-        place_P, which = np.unique(np.array(row_N) * (length + 1) + token_N, return_inverse=True)
+        # Sequences that share a row may score the same token of it; number_P identifies a row and a predicted token
+        # (1 … length), which_N is the entry of each scored token.
+        number_P, which = np.unique(np.array(row_N) * (length + 1) + token_N, return_inverse=True)
         device = logits_BSV.device
         row_P, token_P, which_N = (
-            to_device(torch.from_numpy(array), device) for array in (*np.divmod(place_P, length + 1), which)
+            to_device(torch.from_numpy(array), device) for array in (*np.divmod(number_P, length + 1), which)
         )
         target_N = to_device(torch.tensor([t for s in sequences for t in s.ids[s.first :]]), device)
         logits_PV = logits_BSV[row_P, token_P - 1 - start].float()
         log_normaliser_P = torch.logsumexp(logits_PV, -1)
         log_prob_N = logits_PV[which_N, target_N] - log_normaliser_P[which_N]
         columns = [log_prob_N, (logits_PV.argmax(-1)[which_N] == target_N).float()]
-        log_prob, is_argmax = torch.stack(columns).cpu().numpy()  # the one wait for the device
+        log_prob, is_argmax = torch.stack(columns).cpu().numpy()  # the only synchronisation with the device
         if not np.isfinite(log_prob).all():
             raise Diverged
         cuts = np.cumsum(sizes)[:-1]
@@ -264,23 +271,23 @@ class LanguageModel:
 
     @torch.no_grad()
     def continue_greedily(
-        self, prompts: list[list[int]], lengths: list[int], advance: Advance | None = None
+        self, prompts: list[list[int]], lengths: list[int], progress: OnProgress | None = None
     ) -> list[list[int]]:
-        """Greedy continuations of at most ``lengths`` tokens, cut at EOS (not included); ``advance`` counts prompts.
+        """Return greedy continuations of at most ``lengths`` tokens, cut before EOS; ``progress`` counts prompts.
 
         Raises:
-            Diverged: a log-probability of a prompt is not finite (generation itself would go on with nonsense).
+            Diverged: a log-probability of a prompt is not finite (generation itself would not notice).
         """
         self.score([Sequence(tuple(ids), len(ids) - 1) for ids in prompts if len(ids) > 1])
-        # a batch generates as many tokens as its longest continuation may have, so like goes with like
+        # a batch generates as many tokens as its longest continuation may have: batch similar lengths
         order = sorted(range(len(prompts)), key=lambda index: (-lengths[index], -len(prompts[index]), index))
         size = self.settings.batch_rows
         batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
 
-        return self.in_order(
+        return self.map_indices(
             batches,
             lambda batch: self._continue_batch([prompts[i] for i in batch], [lengths[i] for i in batch]),
-            advance,
+            progress,
         )
 
     def _continue_batch(self, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
@@ -290,7 +297,7 @@ class LanguageModel:
         longest = max(len(ids) for ids in prompts)
         ids_BS = torch.full((len(prompts), longest), self.pad_id, dtype=torch.int64)
         mask_BS = torch.zeros_like(ids_BS)
-        for number, ids in enumerate(prompts):  # filled at the left: all continuations begin at the same place
+        for number, ids in enumerate(prompts):  # padded on the left: all continuations begin at the same position
             ids_BS[number, longest - len(ids) :] = torch.tensor(ids)
             mask_BS[number, longest - len(ids) :] = 1
         output_BS = self.model.generate(
@@ -305,18 +312,21 @@ class LanguageModel:
         return [row[: row.index(eos)] if eos in row else row for row in new]
 
 
-def shared_start(ids: list[int], others: list[int]) -> int:
-    """How many tokens both begin with alike."""
+def common_prefix_length(ids: list[int], others: list[int]) -> int:
+    """Return the number of leading tokens that are equal."""
     pairs = enumerate(zip(ids, others, strict=False))
     return next((number for number, (a, b) in pairs if a != b), min(len(ids), len(others)))
 
 
-def sharing(sequences: list[Sequence]) -> list[list[int]]:
-    """Indices of ``sequences`` in groups that one row serves, that of the first: what the others' last tokens are
-    predicted from begins it. Choices of one token after the same question are one row, not four."""
+def group_by_prefix(sequences: list[Sequence]) -> list[list[int]]:
+    """Group the indices of sequences that one row of a batch can score: that of the group's first.
+
+    The context of the others (all but the last token) is a prefix of the first, so four choices of one token after the
+    same question need one row.
+    """
     order = sorted(range(len(sequences)), key=lambda index: (sequences[index].ids[:-1], index), reverse=True)
     groups: list[list[int]] = []
-    for index in order:  # what begins like a row stands behind it, before all rows that begin otherwise
+    for index in order:  # in reverse lexicographic order, prefixes directly follow the sequence that they begin
         context = sequences[index].ids[:-1]
         if groups and sequences[groups[-1][0]].ids[: len(context)] == context:
             groups[-1].append(index)
@@ -326,8 +336,10 @@ def sharing(sequences: list[Sequence]) -> list[list[int]]:
 
 
 def plan_batches(sequences: list[Sequence], batch_rows: int, vocabulary: int) -> list[list[int]]:
-    """Indices of ``sequences`` in batches: of similar length, longest first, at most ``batch_rows``, bounded tokens and
-    logits; pure."""
+    """Split the indices of ``sequences`` into batches of similar length, longest first.
+
+    Each has at most ``batch_rows`` rows, :data:`TOKENS_PER_FORWARD` tokens and :data:`LOGITS_PER_FORWARD` logits.
+    """
     order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index].ids), index))
     batches: list[list[int]] = []
     length = first = 0
@@ -347,7 +359,7 @@ def plan_batches(sequences: list[Sequence], batch_rows: int, vocabulary: int) ->
 
 
 @contextlib.contextmanager
-def loaded(
+def open_language_model(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     settings: ModelSettings,
@@ -355,11 +367,13 @@ def loaded(
     sharding: Sharding = Sharding(),
     trained: TrainingConfig | None = None,
 ) -> Iterator[LanguageModel]:
-    """Load a local model directory for inference and free it afterwards; never runs code that ships with it.
+    """Load a local model directory, and free it afterwards; never runs code that ships with the model.
 
-    Whole: on the GPU if there is one.
-    Sharded over the ranks of ``world`` (collective): a DeepSpeed engine, each reading its share, and where it is to be
-    ``trained`` with an optimizer. UserError: the directory is damaged.
+    A whole model is loaded on the GPU if there is one. A sharded one (collective over ``world``) is a DeepSpeed engine,
+    of which each rank reads its share, with an optimizer if ``trained`` is given.
+
+    Raises:
+        UserError: the directory is damaged, the vocabularies do not fit, or the GPU's memory is too small.
     """
     from transformers import GenerationConfig
 
@@ -411,7 +425,7 @@ def _load_whole(path: str, settings: ModelSettings) -> Any:
 
 
 def _device_for(path: str, dtype: torch.dtype) -> torch.device:
-    """The CPU, or this process's GPU; UserError: the weights need more than 80 % of it."""
+    """Return the CPU, or this process's GPU; UserError if the weights need more than 80 % of its free memory."""
     from trace_ds.tensors.model_files import read_model_directory
 
     if not torch.cuda.is_available():

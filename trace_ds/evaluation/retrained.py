@@ -40,7 +40,7 @@ import numpy as np
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import MembershipItem, TofuItem, beginning
 from trace_ds.evaluation.kinds import Outcome, cut_answer, item_logs
-from trace_ds.evaluation.language_model import Advance, LanguageModel, Sequence
+from trace_ds.evaluation.language_model import LanguageModel, OnProgress, Sequence
 from trace_ds.evaluation.metrics import ASSUMED_AUC, FORGET_QUALITY, MIN_K_AUC, MODEL_UTILITY, PRIV_LEAK
 
 MIN_K_PERCENT = 40.0
@@ -86,17 +86,21 @@ class MembershipOutcome(Outcome):
 
 
 def evaluate_membership(
-    model: LanguageModel, items: list[MembershipItem], context_length: int, where: str, advance: Advance | None = None
+    model: LanguageModel,
+    items: list[MembershipItem],
+    context_length: int,
+    where: str,
+    progress: OnProgress | None = None,
 ) -> Outcome:
-    """Score every text; ``advance`` counts texts. UserError: a text has no token to predict."""
-    limit = model.most_tokens(context_length)
+    """Score every text; ``progress`` counts texts. UserError: a text has no token to predict."""
+    limit = model.max_tokens(context_length)
     sequences = []
     for item in items:
         ids = model.encode(item.text)[:limit]
         if len(ids) < 2:
             raise UserError("the text is a single token", f"{where} item {item.id}", "remove it")
         sequences.append(Sequence(tuple(ids), 1))
-    columns = {"min_k": np.array([lowest_mean(scores.log_prob) for scores in model.score(sequences, advance)])}
+    columns = {"min_k": np.array([lowest_mean(scores.log_prob) for scores in model.score(sequences, progress)])}
     texts = [beginning(item.text) for item in items]
     return MembershipOutcome(columns, item_logs(items, columns, text=texts, member=[item.member for item in items]))
 
@@ -127,9 +131,9 @@ def rouge_l_recall(reference: str, text: str) -> float:
 
 
 def evaluate_tofu(
-    model: LanguageModel, items: list[TofuItem], max_new_tokens: int, where: str, advance: Advance | None = None
+    model: LanguageModel, items: list[TofuItem], max_new_tokens: int, where: str, progress: OnProgress | None = None
 ) -> Outcome:
-    """Score every question's answers and answer it greedily; ``advance`` counts questions."""
+    """Score every question's answers and answer it greedily; ``progress`` counts questions."""
     prompts = [PROMPT.format(item.question) for item in items]
     texts = [[item.answer, item.paraphrase or item.answer, *item.false] for item in items]
     sequences = [
@@ -142,7 +146,7 @@ def evaluate_tofu(
     ids = [model.encode(prompt) for prompt in prompts]
     for item, prompt_ids in zip(items, ids, strict=True):
         model.check_length(len(prompt_ids) + max_new_tokens, f"{where} item {item.id}")
-    continuations = model.continue_greedily(ids, [max_new_tokens] * len(items), advance)
+    continuations = model.continue_greedily(ids, [max_new_tokens] * len(items), progress)
     answers = [cut_answer(text).strip() for text in model.decode(continuations)]
     references = [item.answer for item in items]
     ratios_I = np.array([truth_ratio(each[1], np.array(each[2:])) for each in likely])

@@ -8,7 +8,7 @@ from typing import Any
 
 from trace_ds.evaluation import harness, kinds, retrained
 from trace_ds.evaluation.items import Task
-from trace_ds.evaluation.language_model import Advance, LanguageModel
+from trace_ds.evaluation.language_model import LanguageModel, OnProgress
 from trace_ds.evaluation.metrics import METRICS, ROLE_OF, TASK_METRICS, direction
 
 
@@ -27,7 +27,7 @@ def run_task(
     *,
     max_new_tokens: int,
     context_length: int,
-    advance: Advance | None = None,
+    progress: OnProgress | None = None,
 ) -> TaskResult:
     """Score one model on one task."""
     items: Any = task.items
@@ -36,27 +36,31 @@ def run_task(
         metrics, logs = harness.evaluate_harness(model, task.config)
         return TaskResult(score_task_records(task, metrics, len(logs)), logs, {})
     if kind == "choice":
-        outcome = kinds.evaluate_choice(model, items, where, advance)
+        outcome = kinds.evaluate_choice(model, items, where, progress)
     elif kind == "verbatim":
-        outcome = kinds.evaluate_verbatim(model, items, max_new_tokens, where, advance)
+        outcome = kinds.evaluate_verbatim(model, items, max_new_tokens, where, progress)
     elif kind == "knowmem":
-        outcome = kinds.evaluate_knowmem(model, items, list(task.examples), where, advance)
+        outcome = kinds.evaluate_knowmem(model, items, list(task.examples), where, progress)
     elif kind == "tofu":
-        outcome = retrained.evaluate_tofu(model, items, max_new_tokens, where, advance)
+        outcome = retrained.evaluate_tofu(model, items, max_new_tokens, where, progress)
     elif kind == "membership":
-        outcome = retrained.evaluate_membership(model, items, context_length, where, advance)
+        outcome = retrained.evaluate_membership(model, items, context_length, where, progress)
     else:
-        outcome = kinds.evaluate_perplexity(model, items, context_length, where, advance)
+        outcome = kinds.evaluate_perplexity(model, items, context_length, where, progress)
     return TaskResult(score_task_records(task, outcome.metrics(), outcome.count()), outcome.logs, outcome.by_source())
 
 
 def score_tasks(
-    model: LanguageModel, tasks: list[Task], max_new_tokens: int, context_length: int, advance: Advance | None = None
+    model: LanguageModel,
+    tasks: list[Task],
+    max_new_tokens: int,
+    context_length: int,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """``scores`` of all tasks, and by the task's name its ``items`` and ``by_source``, as in a result."""
     result: dict[str, Any] = {"scores": [], "items": {}, "by_source": {}}
     for task in tasks:
-        outcome = run_task(model, task, max_new_tokens=max_new_tokens, context_length=context_length, advance=advance)
+        outcome = run_task(model, task, max_new_tokens=max_new_tokens, context_length=context_length, progress=progress)
         result["scores"] += outcome.scores
         result["items"][task.config.name] = outcome.items
         result["by_source"][task.config.name] = outcome.by_source

@@ -196,7 +196,7 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World) -> bool:
     """Score the models that have no valid result; returns whether there were any."""
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.evaluation import drift
-    from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
+    from trace_ds.evaluation.language_model import ModelSettings, Sharding, open_language_model
     from trace_ds.evaluation.relearning import attack, training_settings
 
     config, evaluation = job.config, job.config.evaluation
@@ -220,7 +220,7 @@ def _score_missing(job: EvaluateJob, log: StageLog, world: World) -> bool:
         trained = None
         if evaluation.relearning is not None and name in attacked:
             trained = training_settings(evaluation.relearning, 3 if sharding.zero_stage == 3 else 1)
-        with loaded(str(subject.path), tokenizer, settings, world, sharding, trained) as model:
+        with open_language_model(str(subject.path), tokenizer, settings, world, sharding, trained) as model:
             result = _score(job, subject, model, log) if name in missing else None
             diverged = result is not None and result["diverged"]
             if measures_drift and name in (ORIGINAL, UNLEARNED) and not diverged:

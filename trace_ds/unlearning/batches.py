@@ -105,8 +105,8 @@ class MicroBatch:
         reference_nll_BS: fp32, the frozen model's losses of the forget rows (zeros when not recorded).
         forget_rows: F.
         alternative: the rows preferred to the forget rows, one for each (dpo), in the same shape.
-        places_2N: int64, rows and columns of the counted positions in order, the first ``forget_places`` of them in the
-            forget rows; computed on the host: on a device this would force a sync.
+        counted_2N: int64, rows and columns of the counted positions in order, the first ``forget_counted`` of them in
+            the forget rows; computed on the host, since on a device this would force a sync.
     """
 
     input_ids_BS: torch.Tensor
@@ -116,13 +116,13 @@ class MicroBatch:
     reference_nll_BS: torch.Tensor
     forget_rows: int
     alternative: MicroBatch | None = None
-    places_2N: torch.Tensor = None  # type: ignore[assignment]
-    forget_places: int = -1
+    counted_2N: torch.Tensor = None  # type: ignore[assignment]
+    forget_counted: int = -1
 
     def __post_init__(self) -> None:
-        if self.places_2N is None:
-            object.__setattr__(self, "places_2N", self.counted_BS.nonzero().T.contiguous())
-            object.__setattr__(self, "forget_places", int(self.counted_BS[: self.forget_rows].sum()))
+        if self.counted_2N is None:
+            object.__setattr__(self, "counted_2N", self.counted_BS.nonzero().T.contiguous())
+            object.__setattr__(self, "forget_counted", int(self.counted_BS[: self.forget_rows].sum()))
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same rows on ``device``; the host does not wait."""

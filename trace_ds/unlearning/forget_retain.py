@@ -123,22 +123,24 @@ class ForgetRetain:
         # per side: its rows, (row, column) of its counted tokens, and the name of its token loss
         sides: dict[str, tuple[slice, torch.Tensor, str]] = {}
         if name != "rmu":
-            places_2N = batch.places_2N[:, : batch.forget_places]
-            sides["forget"] = (slice(first_retain), places_2N, "nll" if name in SEQUENCE_LOSSES else name)
+            counted_2N = batch.counted_2N[:, : batch.forget_counted]
+            sides["forget"] = (slice(first_retain), counted_2N, "nll" if name in SEQUENCE_LOSSES else name)
         used_BS = counted_BS
         # positions restart with each document, so they are offsets in it
         for offset in self.sinks:
             used_BS = used_BS & to_device(positions_BS != offset, counted_BS.device)
         retain_loss = self.settings.retain_term
         if retain_loss != "hidden_mse":
-            places_2N = batch.places_2N[:, batch.forget_places :]
-            sides["retain"] = (slice(first_retain, end_retain), places_2N, retain_loss)
+            counted_2N = batch.counted_2N[:, batch.forget_counted :]
+            sides["retain"] = (slice(first_retain, end_retain), counted_2N, retain_loss)
         if batch.alternative is not None:
-            rows_N, columns_N = batch.alternative.places_2N
+            rows_N, columns_N = batch.alternative.counted_2N
             sides["alternative"] = (slice(end_retain, None), torch.stack([rows_N + end_retain, columns_N]), "nll")
         # One pass for all sides: a second one would gather every layer under ZeRO-3, and exchange tokens between the
         # ranks of the experts, once more.
-        requests = [self._request(ids_BS, places_2N, token_loss, frozen) for _, places_2N, token_loss in sides.values()]
+        requests = [
+            self._request(ids_BS, counted_2N, token_loss, frozen) for _, counted_2N, token_loss in sides.values()
+        ]
         with router_logits(engine.module, self.anchor.moe_layer if self.anchor else None) as logits:
             outputs = forward(engine, ids_BS, positions_BS, layer=self.needs.layer, requests=requests)
         values = {
@@ -208,8 +210,8 @@ class ForgetRetain:
             )
             yield FrozenStates(begin, layer_BSD, last_BSD, self.frozen.head_VD)
 
-    def _request(self, ids_BS: torch.Tensor, places_2N: torch.Tensor, name: str, frozen: FrozenStates) -> HeadRequest:
-        rows_N, columns_N = places_2N
+    def _request(self, ids_BS: torch.Tensor, counted_2N: torch.Tensor, name: str, frozen: FrozenStates) -> HeadRequest:
+        rows_N, columns_N = counted_2N
         targets_N = ids_BS[rows_N, columns_N + 1]
         frozen_ND = frozen.last(rows_N, columns_N) if name in FROZEN_LOGITS else None
 
