@@ -115,13 +115,13 @@ def make_case(folder: Path) -> None:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the model directories that were loaded, in order (the real loader runs)."""
     paths: list[str] = []
-    real = language_model.loaded
+    real = language_model.open_language_model
 
     def counting(path: str, *rest: Any) -> Any:
         paths.append(Path(path).name)
         return real(path, *rest)
 
-    monkeypatch.setattr(language_model, "loaded", counting)
+    monkeypatch.setattr(language_model, "open_language_model", counting)
     return paths
 
 
