@@ -73,6 +73,37 @@ def test_bf16_errs_no_more_than_without_chunks(chunk: int) -> None:
         assert float(error) <= 2 * float(allowed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_runs_again_in_backward_only_where_the_logits_are_many(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    products: list[int] = []
+    linear = functional.linear
+
+    def counted(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        products.append(len(hidden))
+        return linear(hidden, weight)
+
+    monkeypatch.setattr(passes.functional, "linear", counted)
+    kept = chunked(dtype, TOKENS)
+    assert products == [TOKENS]
+    monkeypatch.setattr(passes._HeadValues, "forward", staticmethod(_forgetful(passes._HeadValues.forward)))
+    again = chunked(dtype, TOKENS)
+    assert products == [TOKENS] * 3
+    assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
+
+
+def _forgetful(forward: Any) -> Any:
+    """The head's forward pass without what it keeps."""
+
+    def run(ctx: Any, *arguments: Any) -> torch.Tensor:
+        values = forward(ctx, *arguments)
+        ctx.logits.clear()
+        return values
+
+    return run
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_losses_in_pieces_are_those_of_the_full_logits(bias: bool) -> None:
     hidden, weight, targets, _ = (tensor.detach() for tensor in head_inputs(torch.float32))

@@ -106,8 +106,9 @@ def head_values(
     """A function of the logits ``hidden @ weightᵀ``, at most ``chunk`` tokens at a time; fp32 [N].
 
     ``functions``: the first so many tokens' function, the next ones', and so on to the last token; each numbers its own
-    from 0. The matrix products are in the dtype of the parameters. Gradients flow to ``hidden_ND`` and ``weight_VD``;
-    nothing of size N × V is kept: the backward pass makes each chunk's logits again. In bf16 the gradients of some
+    from 0. The matrix products are in the dtype of the parameters. Gradients flow to ``hidden_ND`` and ``weight_VD``.
+    Up to ``chunk`` tokens' logits are kept for the backward pass, which needs that much memory anyway; of more tokens
+    nothing of size N × V is kept, and each chunk's logits are made again. In bf16 the gradients of some
     chunks' logits wait for one product, whoever's they are: each reads and writes a whole gradient of the weight, which
     costs more than to multiply by one chunk. The products are summed in fp32.
     """
@@ -125,9 +126,14 @@ class _HeadValues(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_ND, weight_VD)
         ctx.chunks, ctx.chunk = _chunks(functions, chunk), chunk
+        ctx.logits = {}  # by the chunk's first token
+        keep = len(hidden_ND) <= chunk and any(ctx.needs_input_grad)
         values_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         for tokens, own, function in ctx.chunks:
-            values_N[tokens] = function(functional.linear(hidden_ND[tokens], weight_VD), own)
+            logits_CV = functional.linear(hidden_ND[tokens], weight_VD)
+            values_N[tokens] = function(logits_CV, own)
+            if keep:
+                ctx.logits[tokens.start] = logits_CV
         return values_N
 
     @staticmethod
@@ -142,7 +148,7 @@ class _HeadValues(torch.autograd.Function):
         weight_gradient_VD = torch.zeros_like(weight_VD, dtype=dtype) if ctx.needs_input_grad[1] else None
         for chunks in products:
             begin, end = chunks[0][0].start, chunks[-1][0].stop
-            gradient_PV = _logit_gradients(hidden_ND, weight_VD, chunks, gradient_N)
+            gradient_PV = _logit_gradients(hidden_ND, weight_VD, chunks, gradient_N, ctx.logits)
             hidden_gradient_ND[begin:end] = gradient_PV @ weight_VD
             if weight_gradient_VD is not None and weight_gradient_VD.dtype == gradient_PV.dtype:
                 weight_gradient_VD.addmm_(gradient_PV.T, hidden_ND[begin:end])
@@ -159,12 +165,22 @@ _Chunk = tuple[slice, slice, TokenFunction]
 
 
 def _logit_gradients(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, chunks: Sequence[_Chunk], gradient_N: torch.Tensor
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    chunks: Sequence[_Chunk],
+    gradient_N: torch.Tensor,
+    kept: dict[int, torch.Tensor],
 ) -> torch.Tensor:
-    """The gradients of the logits of some chunks that follow each other, from those of the values."""
+    """The gradients of the logits of some chunks that follow each other, from those of the values.
+
+    ``kept``: logits that the forward pass left, by a chunk's first token; they are taken out.
+    """
 
     def of(tokens: slice, own: slice, function: TokenFunction) -> torch.Tensor:
-        logits_CV = functional.linear(hidden_ND[tokens], weight_VD).requires_grad_()
+        logits_CV = kept.pop(tokens.start, None)
+        if logits_CV is None:
+            logits_CV = functional.linear(hidden_ND[tokens], weight_VD)
+        logits_CV.requires_grad_()
         with torch.enable_grad():
             values_C = function(logits_CV, own)
         return torch.autograd.grad(values_C, logits_CV, gradient_N[tokens])[0]
