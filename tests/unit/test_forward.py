@@ -91,6 +91,11 @@ def test_the_head_runs_again_in_backward_only_where_the_logits_are_many(
     again = chunked(dtype, TOKENS)
     assert products == [TOKENS] * 3
     assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
+    monkeypatch.undo()
+    monkeypatch.setattr(passes.functional, "linear", counted)
+    products.clear()
+    chunked(dtype, TOKENS - 1)  # one token more than a chunk holds: nothing is kept
+    assert len(products) == 4 and sum(products) == 2 * TOKENS
 
 
 def _forgetful(forward: Any) -> Any:
