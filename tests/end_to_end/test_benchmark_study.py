@@ -153,3 +153,22 @@ def test_runs_that_cannot_be_are_refused(
 ) -> None:
     options = [word for change in changes for word in ("--set", change)]
     assert message in refuse(server, tmp_path, "bench", recipe, "--run-dir", tmp_path / "out", *options)
+
+
+def test_inputs_made_for_a_seed_lie_in_a_directory_that_its_run_accepts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_ds.demo import run as demo
+    from trace_ds.studies import study as module
+
+    ran: list[str] = []
+
+    def run_verb(verb: str, request: Any) -> int:
+        request.check_run_directory()
+        return ran.append(verb) or 0
+
+    monkeypatch.setattr(demo, "prepare_inputs", lambda path, seed, regime: (path / "corpora").mkdir())
+    monkeypatch.setattr(module, "run_verb", run_verb)
+    one = Study(["bench_literal"], tmp_path / "study", ["distributed.nproc=2"])  # else this process joins a group
+    module.run_seed(one.requests[101], "entangled")
+    assert ran[0] == "prepare" and "unlearn" in ran

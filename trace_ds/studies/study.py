@@ -175,7 +175,7 @@ def run_seed(request: Request, regime: Regime | None) -> None:
     if regime is not None:
         from trace_ds.demo.run import prepare_inputs, remove_input_leftovers
 
-        request.run.path.mkdir(parents=True, exist_ok=True)
+        request.run.mark()
         remove_input_leftovers(request.run.path)
         prepare_inputs(request.run.path, config.seed, regime)
     if config.distributed.nproc == config.evaluation.nproc == 1:
