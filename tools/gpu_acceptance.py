@@ -43,7 +43,7 @@ import transformers
 from torch import distributed
 from torch.nn import functional
 
-from tools import bench_collect
+from tools import bench
 from trace_ds.config.sections.training import FinetuneConfig
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.corpora.dataset import FlatArray, PackedRow, TokenDataset, write_rows
@@ -95,7 +95,7 @@ JOBS: dict[str, dict[str, Any]] = {
 
 def tiny_model(family: str, device: Any, *, recompute: bool = False, bf16: bool = False) -> Any:
     """A random model whose routers decide something (the usual initialisation is nearly flat)."""
-    model = bench_collect.build(family, COMMON | TINY[family], torch.float32, "cpu", "grouped_mm")
+    model = bench.build(family, COMMON | TINY[family], torch.float32, "cpu", "grouped_mm")
     adopt(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -333,7 +333,7 @@ def correct_unlearn(options: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 
 def shape_of(name: str, options: argparse.Namespace, layers: int | None = None) -> tuple[str, dict[str, Any]]:
-    family, shape = bench_collect.SHAPES[name]
+    family, shape = bench.SHAPES[name]
     if options.tiny:
         shape = COMMON | TINY[family] | {"num_hidden_layers": 2}
     elif layers is not None:
@@ -346,7 +346,7 @@ def rates(seconds: float, tokens: int, flops: float, device: Any) -> dict[str, f
     result = {"tokens_per_s": tokens / seconds, "seconds": seconds}
     if device.type == "cuda":
         card = torch.cuda.get_device_name()
-        peak = next((value for key, value in bench_collect.PEAK_FLOPS.items() if key in card), None)
+        peak = next((value for key, value in bench.PEAK_FLOPS.items() if key in card), None)
         result |= {"peak_bytes": torch.cuda.max_memory_allocated()} | ({"mfu": flops / seconds / peak} if peak else {})
         torch.cuda.reset_peak_memory_stats()
     return result
@@ -365,17 +365,17 @@ def bench_of_collect(name: str, options: argparse.Namespace, folder: Path) -> di
     device, dtype = world.device, torch.float32 if options.tiny else torch.bfloat16
     family, shape = shape_of(name, options)
     rows, length, batch_rows, rounds = (4, 32, 2, 1) if options.tiny else (32, 2048, 8, 3)
-    dataset = bench_collect.dataset_of(folder, shape["vocab_size"], rows, length)
+    dataset = bench.dataset_of(folder, shape["vocab_size"], rows, length)
     batches = [dataset.batch(range(first, first + batch_rows), pad_id=0) for first in range(0, rows, batch_rows)]
     inputs = [(batch.input_ids_BS.to(device), batch.position_ids_BS.to(device)) for batch in batches]
     tokens, result = rows * length, {}
 
     def measure(key: str, model: Any, run: Callable[[], Any]) -> None:
-        flops = 2 * tokens * bench_collect.active_parameters(model, shape)
-        result[key] = rates(bench_collect.median_s(run, rounds, device), tokens, flops, device)
+        flops = 2 * tokens * bench.active_parameters(model, shape)
+        result[key] = rates(bench.median_s(run, rounds, device), tokens, flops, device)
 
     for kernel in ("grouped_mm", "eager"):
-        model = bench_collect.build(family, shape, dtype, device, kernel)
+        model = bench.build(family, shape, dtype, device, kernel)
 
         @torch.no_grad()
         def plain(*, packed: bool, model: Any = model) -> None:
@@ -384,10 +384,10 @@ def bench_of_collect(name: str, options: argparse.Namespace, folder: Path) -> di
 
         for mode in ("packed", "causal"):
             measure(f"plain {kernel} {mode}", model, lambda packed=mode == "packed", plain=plain: plain(packed=packed))
-        if kernel == bench_collect.chosen_kernel(shape, device):
+        if kernel == bench.chosen_kernel(shape, device):
             adopt(model)
             leave_out(model, ModelParts(head=False, last_output=False), ep=1)
-            collecting = bench_collect.collecting(world, Engine(model), dataset, shape, batch_rows, folder, "collect")
+            collecting = bench.collecting(world, Engine(model), dataset, shape, batch_rows, folder)
             measure("collect", model, collecting)
             del collecting
         del model, plain
@@ -402,14 +402,14 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path) -> di
     device, dtype = world.device, torch.float32 if options.tiny else torch.bfloat16
     family, shape = shape_of(name, options, TRAINED_LAYERS[name])
     rows, length, steps = (2, 32, 1) if options.tiny else (2, 2048, 6)
-    dataset = bench_collect.dataset_of(folder, shape["vocab_size"], 8 * rows, length)
+    dataset = bench.dataset_of(folder, shape["vocab_size"], 8 * rows, length)
     settings = UnlearningConfig(forget_loss="npo", apply="loss", forget_rows=rows, retain_rows=rows)
     ones = FlatArray([np.ones(dataset.tokens, dtype=np.float32)])
     batches = Batches(settings, 0, dataset, dataset, ones, np.ones(len(dataset)), ones)
-    kernel = bench_collect.chosen_kernel(shape, device)
+    kernel = bench.chosen_kernel(shape, device)
 
     def engine() -> Any:
-        model = bench_collect.build(family, shape, dtype, device, kernel)
+        model = bench.build(family, shape, dtype, device, kernel)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train().requires_grad_(True)
         return Engine(model, adamw(model, 1e-6))
@@ -417,8 +417,8 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path) -> di
     def measured(step: Callable[[int], Any], model: Any) -> dict[str, float]:
         freed(device)
         numbers = iter(range(1000))
-        seconds = bench_collect.median_s(lambda: step(next(numbers)), steps, device)
-        flops = 6 * 2 * rows * length * bench_collect.active_parameters(model, shape)
+        seconds = bench.median_s(lambda: step(next(numbers)), steps, device)
+        flops = 6 * 2 * rows * length * bench.active_parameters(model, shape)
         return rates(seconds, 2 * rows * length, flops, device)
 
     def ours() -> dict[str, float]:
@@ -432,7 +432,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path) -> di
         return measured(step, trained.module)
 
     def plain() -> dict[str, float]:
-        trained, frozen = engine(), bench_collect.build(family, shape, dtype, device, kernel)
+        trained, frozen = engine(), bench.build(family, shape, dtype, device, kernel)
         beta = settings.npo.beta
 
         def row_nll(net: Any, batch: Any, rows: slice) -> Any:
@@ -476,7 +476,7 @@ Part = Callable[[argparse.Namespace, Path], dict[str, Any]]
 PARTS: dict[str, tuple[Part, float]] = {  # what is run, and its limit in seconds
     "correct_collect": (correct_collect, 80),
     "correct_unlearn": (correct_unlearn, 80),
-    **{f"collect_{name}": (lambda o, f, n=name: bench_of_collect(n, o, f), 90) for name in bench_collect.SHAPES},
+    **{f"collect_{name}": (lambda o, f, n=name: bench_of_collect(n, o, f), 90) for name in bench.SHAPES},
     **{f"unlearn_{name}": (lambda o, f, n=name: bench_of_unlearn(n, o, f), 70) for name in TRAINED_LAYERS},
 }
 

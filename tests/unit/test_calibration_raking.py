@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from calibration_world import Corpus, make_world
@@ -14,11 +11,7 @@ from scipy import optimize
 
 from trace_ds.calibration import raking
 from trace_ds.calibration.raking import rake
-from trace_ds.calibration.tokens import TokenMap
 from trace_ds.calibration.units import Units
-
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
-import bench_calibrate
 
 
 def weights(active_TS: np.ndarray, theta_S: np.ndarray) -> np.ndarray:
@@ -98,34 +91,6 @@ def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, sample: i
 
 def errors(corpus: Corpus, experts: int) -> np.ndarray:
     return np.sqrt(corpus.statistics(experts).variance_LE()).ravel()
-
-
-def test_hundreds_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None:
-    """768 experts whose use is decided by the token in all layers at once, 3,000 tokens. A solver that takes lambda
-    back whenever it ends a little short of its tolerance ends with weights that are all 1."""
-    rng = np.random.default_rng(0)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"TYPES": 300, "TOPICS": 6, "VARIANTS": 2}.items():
-            patch.setattr(bench_calibrate, name, value)
-        tables = bench_calibrate.choice_tables(rng, 12, 64, 8)
-        bench_calibrate.write_corpus(tmp_path / "forget", rng, tables, 2500, True)
-        bench_calibrate.write_corpus(tmp_path / "retain", rng, tables, 3000, False)
-    sides = []
-    for side in ("forget", "retain"):
-        documents = np.load(tmp_path / f"{side}_documents.npy")
-        token_map = TokenMap(np.array([0, len(documents)]), documents, int(documents[-1]) + 1)
-        sides.append(Corpus(np.load(tmp_path / f"{side}.npy"), token_map, np.zeros(0)))
-    retain = sides[1]
-    q, p = (corpus.dense(64).mean(axis=0) for corpus in sides)
-    everything = np.ones((12, 64), dtype=bool)
-    raking = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, errors(retain, 64))
-    assert raking.converged and raking.lambda_ < 1 and 0.5 <= raking.point.ess < 0.505
-    assert raking.lambda_ > 0.05 and raking.point.max_weight > 5
-    w = weights(retain.dense(64), raking.theta_S)
-    assert 0.5 <= ess(w) < 0.505
-    miss = np.abs(w @ retain.dense(64) / w.sum() - raking.target_S)
-    assert (miss <= np.maximum(1e-6, 1e-2 * errors(retain, 64))).all()
-    assert np.abs(raking.target_S - p).max() > 0.01
 
 
 @settings(max_examples=80, deadline=None)

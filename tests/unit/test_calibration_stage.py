@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from safetensors.numpy import load_file
 from stage_calls import calibrate, prepare
 from tiny import make_model, write_config
 
-from tools import bench_calibrate
 from trace_ds.calibration import raking
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
@@ -295,10 +293,3 @@ def test_a_trace_of_other_tokens_is_refused(job) -> None:
     alter_summary(run.statistics / "retain")
     with pytest.raises(UserError, match="does not add up to the statistics"):
         calibrate(config, run)
-
-
-def test_the_bench_tool_measures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [bench_calibrate.__file__, "--shape", "mixtral_8x7b", "--tokens", "20000"])
-    bench_calibrate.main()
-    result = json.loads(capsys.readouterr().out)
-    assert result["constraints"] == 32 * 8 and result["converged"] and result["largest_miss"] < 1e-5
