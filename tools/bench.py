@@ -430,7 +430,8 @@ def bench_step(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def bench_evaluate(options: Options, folder: Path) -> dict[str, Any]:
-    """Random questions of 40 to 90 words: four letters to choose from, or four endings of 10 to 20 words."""
+    """Random questions of 40 to 90 words: four letters to choose from, without and with five questions before them that
+    all share (as in MMLU), or four endings of 10 to 20 words."""
     from lm_eval.models.huggingface import HFLM
 
     from trace_ds.evaluation.language_model import LanguageModel, ModelSettings, Sequence
@@ -442,10 +443,10 @@ def bench_evaluate(options: Options, folder: Path) -> dict[str, Any]:
     adopt(model)
     ours = LanguageModel(model, tokenizer, ModelSettings("fp32", False, False, options.rows))
     result: dict[str, Any] = {}
-    for kind, low, high in (("letters", 1, 1), ("endings", 10, 20)):
-        requests = []
+    for kind, low, high, shots in (("letters", 1, 1, 0), ("letters, five-shot", 1, 1, 5), ("endings", 10, 20, 0)):
+        requests, examples = [], tokenizer.encode(text_of(draw, 66 * shots))
         for _ in range(options.questions):
-            context = tokenizer.encode(text_of(draw, draw.randint(40, 90)))
+            context = examples + tokenizer.encode(text_of(draw, draw.randint(40, 90)))
             endings = [tokenizer.encode(text_of(draw, draw.randint(low, high))) for _ in range(4)]
             requests += [(("", f"{ending}"), context, ending) for ending in endings]
         sequences = [Sequence(tuple(context + ending), len(context)) for _, context, ending in requests]

@@ -12,13 +12,22 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from processes import run_distributed
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from trace_ds.models import attention
-from trace_ds.models.attention import ATTENTION_NAME, PackedDocuments, adopt, find_attention_problem, packed
+from trace_ds.models.attention import (
+    ATTENTION_NAME,
+    PackedDocuments,
+    adopt,
+    find_attention_problem,
+    packed,
+    shared_prefixes,
+)
 from trace_ds.models.families import FAMILIES
 
 # Rows of 151 positions: no size of a model, so that a mask or scores would be seen. What ends a row may be filling.
@@ -111,6 +120,32 @@ def ids_of(rows: list[list[int]] = ROWS) -> torch.Tensor:
 
 def weighted(hidden: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
     return (hidden * upstream).sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8), st.booleans())
+def test_every_distinct_beginning_is_one_token_of_the_input(documents: list[list[int]], ordered: bool) -> None:
+    documents = sorted(documents) if ordered else documents
+    inputs, places = shared_prefixes(documents, torch.device("cpu"))
+    ids, positions = inputs["input_ids"][0].numpy(), inputs["position_ids"][0].numpy()
+    for document, place in zip(documents, places, strict=True):
+        assert ids[place].tolist() == document and positions[place].tolist() == list(range(len(document)))
+    if ordered:
+        assert len(ids) == len({tuple(document[:end]) for document in documents for end in range(1, len(document) + 1)})
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_documents_that_begin_alike_are_seen_alone(family: str, models: dict[str, Path]) -> None:
+    ids, model, plain = ids_of([[60]])[0].tolist(), loaded(models[family]), loaded(models[family])
+    documents = [ids[:20], ids[:30], ids[:30] + ids[40:45], ids[:10] + ids[50:60], ids[3:9]]
+    adopt(model)
+    inputs, places = shared_prefixes(documents, torch.device("cpu"))
+    assert inputs["input_ids"].shape == (1, 30 + 5 + 10 + 6)
+    with torch.no_grad():
+        hidden = model.model(**inputs).last_hidden_state[0]
+        for document, place in zip(documents, places, strict=True):
+            expected = plain.model(torch.tensor([document]), use_cache=False).last_hidden_state[0]
+            torch.testing.assert_close(hidden[place], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "recompute"), [*((family, False) for family in TAKEN), ("mixtral", True)])

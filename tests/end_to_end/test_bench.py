@@ -26,7 +26,7 @@ def run_bench(*words: object) -> None:
     ("work", "names"),
     [
         ("collect", {"against hooks", "against bare"}),
-        ("evaluate", {"letters", "endings"}),
+        ("evaluate", {"letters", "letters, five-shot", "endings"}),
         ("prepare", {"time against datasets"}),
         ("calibrate", {"mixtral_8x7b"}),
     ],

@@ -121,25 +121,34 @@ def test_scores_equal_a_float64_reference(model: LanguageModel) -> None:
             assert ours.is_argmax.tolist() == expected.is_argmax.tolist()
 
 
-def test_choices_of_one_question_share_its_row(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one, three and two tokens: one row, and the scores of each alone."""
-    question = (0, 9, 8, 7)
-    choices = [(10,), (11,), (12, 13, 14), (12, 15)]
-    sequences = [Sequence(question + choice, len(question)) for choice in choices]
-    rows: list[int] = []
+def test_what_sequences_share_is_computed_once(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two questions after the same examples, with choices of one, two and three tokens; the scores of each alone."""
+    examples, choices = tuple(range(20, 40)), [(10,), (11,), (12, 13, 14), (12, 15), (16, 13, 14)]
+    questions = [(0, *examples, 9, 8, 7), (0, *examples, 9, 5)]
+    sequences = [Sequence(question + choice, len(question)) for question in questions for choice in choices]
+    inputs: list[tuple[int, ...]] = []
     forward = model.model.forward
 
-    def counted(**inputs: Any) -> Any:
-        rows.append(len(inputs["input_ids"]))
-        return forward(**inputs)
+    def counted(**arguments: Any) -> Any:
+        inputs.append(tuple(arguments["input_ids"].shape))
+        return forward(**arguments)
 
     monkeypatch.setattr(model.model, "forward", counted)
     together = model.score(sequences)
-    assert rows == [1]
+    prefixes = {sequence.ids[:end] for sequence in sequences for end in range(1, len(sequence.ids))}
+    assert inputs == [(1, len(prefixes))]
     for sequence, ours in zip(sequences, together, strict=True):
         alone = model.score([sequence])[0]
         assert ours.is_argmax.tolist() == alone.is_argmax.tolist()
         np.testing.assert_allclose(ours.log_prob, alone.log_prob, atol=1e-5)
+
+
+def test_transformers_own_attention_scores_alike(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = random_sequences(25)
+    expected = model.score(sequences)
+    monkeypatch.setattr(model.model.config, "_attn_implementation", "sdpa")
+    for ours, theirs in zip(model.score(sequences), expected, strict=True):
+        np.testing.assert_allclose(ours.log_prob, theirs.log_prob, atol=1e-5)
 
 
 @pytest.mark.parametrize("eos", [1, None])

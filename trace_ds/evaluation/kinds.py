@@ -27,7 +27,8 @@ import numpy as np
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import CHOICES, ChoiceItem, QuestionItem, VerbatimItem, beginning
-from trace_ds.evaluation.language_model import LanguageModel, OnProgress, Sequence, common_prefix_length
+from trace_ds.evaluation.language_model import LanguageModel, OnProgress, Sequence
+from trace_ds.models.attention import common_prefix_length
 
 NEW_TOKENS, KNOWMEM_EXAMPLES = 32, 10  # of knowmem: tokens of an answer, solved questions in the prompt
 ENDS = ("\n\n", "\nQuestion", "Question:")

@@ -3,11 +3,13 @@
     with open_language_model(path, tokenizer, settings) as model:
         scores = model.score([Sequence((1, 5, 9, 2), first=2)])
 
-To score, sequences of similar length are batched, padded on the right and run without an attention mask: attention is
-causal and experts drop no token, so padding cannot influence a real token (in fp32 equal to one by one to 1e-5; in bf16
-another batch size changes the last digits of a matrix product, and with them close decisions). To generate, prompts are
-padded on the left, with a mask. Log-probabilities are float32 for any dtype of the model. The order of the batches
-depends only on the input, so a rerun on the same machine gives the same bits.
+To score, sequences that begin alike are batched, and the tokens that they share at their beginning are computed once (a
+few-shot prompt, or a question before its answers). A model with transformers' own attention gets batches of similar
+length instead, padded on the right, without a mask: attention is causal and experts drop no token, so padding cannot
+influence a real token. In fp32 the scores equal those of one by one to 1e-5; in bf16 another batch size changes the
+last digits of a matrix product, and with them close decisions. To generate, prompts are padded on the left, with a
+mask. Log-probabilities are float32 for any dtype of the model. The order of the batches depends only on the input, so a
+rerun on the same machine gives the same bits.
 
 Shape legend: B rows of a batch, S positions, V vocabulary, N scored tokens of a batch, P positions that predict them.
 """
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 
 from trace_ds.errors import UserError
-from trace_ds.models.attention import packed
+from trace_ds.models.attention import common_prefix_length, is_adopted, packed, shared_prefixes
 from trace_ds.parallel.device import to_device
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 LOGITS_PER_FORWARD = 1 << 28  # one GiB of float32 logits
 TOKENS_PER_FORWARD = 1 << 16
+LogitsOf = Callable[[np.ndarray], torch.Tensor]  # places in the input, int64 [P] → logits there, [P, V]
 OnProgress = Callable[[int], None]  # receives the number of newly finished items
 _T = TypeVar("_T")
 R = TypeVar("R")
@@ -223,7 +226,9 @@ class LanguageModel:
         rows = [Sequence(sequences[group[0]].ids, min(sequences[i].first for i in group)) for group in groups]
         batches = [
             [index for row in batch for index in groups[row]]
-            for batch in plan_batches(rows, self.settings.batch_rows, self.model.config.vocab_size)
+            for batch in plan_batches(
+                rows, self.settings.batch_rows, self.model.config.vocab_size, by_length=not is_adopted(self.model)
+            )
         ]
         return self.map_indices(batches, lambda batch: self._score_batch([sequences[i] for i in batch]), progress)
 
@@ -236,29 +241,18 @@ class LanguageModel:
             if not rows or rows[-1].ids[:-1][: len(context)] != context:
                 rows.append(sequence)
             row_of.append(len(rows) - 1)
-        length = max(len(row.ids) for row in rows) - 1  # nothing is predicted from the last token
-        ids_BS = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
-        for number, row in enumerate(rows):
-            ids_BS[number, : len(row.ids) - 1] = torch.tensor(row.ids[:-1])
-        start = min(sequence.first for sequence in sequences) - 1  # the logits at position t predict token t + 1
-        output = self.model(
-            input_ids=to_device(ids_BS, self.device),
-            logits_to_keep=length - start,
-            **packed(self.model, torch.arange(length).expand(len(rows), -1), self.device),
-        )
-        logits_BSV = output.logits
+        contexts = [row.ids[:-1] for row in rows]  # nothing is predicted from the last token
+        logits_of, places = self._shared(contexts) if is_adopted(self.model) else self._padded(contexts)
         sizes = [len(sequence.ids) - sequence.first for sequence in sequences]
-        row_N = [row for row, size in zip(row_of, sizes, strict=True) for _ in range(size)]
-        token_N = [t for sequence in sequences for t in range(sequence.first, len(sequence.ids))]
-        # Sequences that share a row may score the same token of it; number_P identifies a row and a predicted token
-        # (1 … length), which_N is the entry of each scored token.
-        number_P, which = np.unique(np.array(row_N) * (length + 1) + token_N, return_inverse=True)
-        device = logits_BSV.device
-        row_P, token_P, which_N = (
-            to_device(torch.from_numpy(array), device) for array in (*np.divmod(number_P, length + 1), which)
-        )
+        # Sequences that share a row may score the same token of it: P distinct places in the input, whose logits
+        # predict the next token; which_N is that of each scored token.
+        pairs = zip(row_of, sequences, strict=True)
+        place_N = np.concatenate([places[row][sequence.first - 1 : len(sequence.ids) - 1] for row, sequence in pairs])
+        place_P, which = np.unique(place_N, return_inverse=True)
+        logits_PV = logits_of(place_P).float()
+        device = logits_PV.device
+        which_N = to_device(torch.from_numpy(which), device)
         target_N = to_device(torch.tensor([t for s in sequences for t in s.ids[s.first :]]), device)
-        logits_PV = logits_BSV[row_P, token_P - 1 - start].float()
         log_normaliser_P = torch.logsumexp(logits_PV, -1)
         log_prob_N = logits_PV[which_N, target_N] - log_normaliser_P[which_N]
         columns = [log_prob_N, (logits_PV.argmax(-1)[which_N] == target_N).float()]
@@ -268,6 +262,32 @@ class LanguageModel:
         cuts = np.cumsum(sizes)[:-1]
         arrays = [np.split(column, cuts) for column in (log_prob, is_argmax.astype(bool))]
         return [TokenScores(*values) for values in zip(*arrays, strict=True)]
+
+    def _shared(self, contexts: list[tuple[int, ...]]) -> tuple[LogitsOf, list[np.ndarray]]:
+        inputs, places = shared_prefixes(contexts, self.device)
+
+        def logits_of(place_P: np.ndarray) -> torch.Tensor:
+            kept = to_device(torch.from_numpy(place_P), self.device)
+            return self.model(**inputs, logits_to_keep=kept).logits[0]
+
+        return logits_of, places
+
+    def _padded(self, contexts: list[tuple[int, ...]]) -> tuple[LogitsOf, list[np.ndarray]]:
+        length = max(map(len, contexts))
+        ids_BS = torch.full((len(contexts), length), self.pad_id, dtype=torch.int64)
+        for number, context in enumerate(contexts):
+            ids_BS[number, : len(context)] = torch.tensor(context)
+        positions = packed(self.model, torch.arange(length).expand(len(contexts), -1), self.device)
+
+        def logits_of(place_P: np.ndarray) -> torch.Tensor:
+            row_P, position_P = np.divmod(place_P, length)
+            start = int(position_P.min())
+            ids = to_device(ids_BS, self.device)
+            logits_BSV = self.model(input_ids=ids, logits_to_keep=length - start, **positions).logits
+            index = (to_device(torch.from_numpy(a), logits_BSV.device) for a in (row_P, position_P - start))
+            return logits_BSV[tuple(index)]
+
+        return logits_of, [number * length + np.arange(len(context)) for number, context in enumerate(contexts)]
 
     @torch.no_grad()
     def continue_greedily(
@@ -312,12 +332,6 @@ class LanguageModel:
         return [row[: row.index(eos)] if eos in row else row for row in new]
 
 
-def common_prefix_length(ids: list[int], others: list[int]) -> int:
-    """Return the number of leading tokens that are equal."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    return next((number for number, (a, b) in pairs if a != b), min(len(ids), len(others)))
-
-
 def group_by_prefix(sequences: list[Sequence]) -> list[list[int]]:
     """Group the indices of sequences that one row of a batch can score: that of the group's first.
 
@@ -335,26 +349,28 @@ def group_by_prefix(sequences: list[Sequence]) -> list[list[int]]:
     return groups
 
 
-def plan_batches(sequences: list[Sequence], batch_rows: int, vocabulary: int) -> list[list[int]]:
-    """Split the indices of ``sequences`` into batches of similar length, longest first.
+def plan_batches(sequences: list[Sequence], batch_rows: int, vocabulary: int, *, by_length: bool) -> list[list[int]]:
+    """Split the indices of ``sequences`` into batches, in their order or (``by_length``) longest first.
 
-    Each has at most ``batch_rows`` rows, :data:`TOKENS_PER_FORWARD` tokens and :data:`LOGITS_PER_FORWARD` logits.
+    Each has at most ``batch_rows`` rows and, filled up to its longest, :data:`TOKENS_PER_FORWARD` tokens and
+    :data:`LOGITS_PER_FORWARD` logits.
     """
-    order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index].ids), index))
+    order = list(range(len(sequences)))
+    if by_length:
+        order.sort(key=lambda index: -len(sequences[index].ids))
     batches: list[list[int]] = []
     length = first = 0
     for index in order:
         sequence = sequences[index]
-        if batches:
-            rows = len(batches[-1]) + 1
-            kept = length - min(first, sequence.first) + 1
-            fits = rows <= batch_rows and rows * length <= TOKENS_PER_FORWARD
-            if fits and rows * kept * vocabulary <= LOGITS_PER_FORWARD:
-                batches[-1].append(index)
-                first = min(first, sequence.first)
-                continue
-        batches.append([index])
-        length, first = len(sequence.ids), sequence.first
+        longest, earliest = max(length, len(sequence.ids)), min(first, sequence.first)
+        rows = len(batches[-1]) + 1 if batches else 1
+        fits = rows <= batch_rows and rows * longest <= TOKENS_PER_FORWARD
+        if batches and fits and rows * (longest - earliest + 1) * vocabulary <= LOGITS_PER_FORWARD:
+            batches[-1].append(index)
+            length, first = longest, earliest
+        else:
+            batches.append([index])
+            length, first = len(sequence.ids), sequence.first
     return batches
 
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,10 +56,14 @@ class PackedDocuments:
     Attributes:
         starts_N1: int32, on the device: where each begins among the T tokens, and T (known as cu_seq_lens).
         lengths_N: int64, on the host.
+        input_T, token_U: int64, on the device, where documents share U tokens of the input (:func:`shared_prefixes`):
+            the input of each token, and one of the tokens of each input. None: T tokens are the input.
     """
 
     starts_N1: torch.Tensor
     lengths_N: np.ndarray
+    input_T: torch.Tensor | None = None
+    token_U: torch.Tensor | None = None
 
     @classmethod
     def of(cls, position_ids_BS: torch.Tensor, device: torch.device) -> PackedDocuments:
@@ -133,12 +139,51 @@ def packed(model: Any, position_ids_BS: torch.Tensor, device: torch.device) -> d
     ``use_cache=False`` matters: with a cache, transformers' own attention does not stay inside documents.
     """
     inputs: dict[str, Any] = {"position_ids": to_device(position_ids_BS, device), "use_cache": False}
-    if model.config._attn_implementation == ATTENTION_NAME:
-        documents = PackedDocuments.of(position_ids_BS, device)
-        # Four dimensions are a mask ready-made to transformers: it makes none, nor looks at the positions, and passes
-        # it on. Should the documents get lost on the way, no attention takes it for one.
-        inputs |= {"documents": documents, "attention_mask": documents.starts_N1[None, None, None]}
+    if is_adopted(model):
+        inputs |= _arguments(PackedDocuments.of(position_ids_BS, device))
     return inputs
+
+
+def _arguments(documents: PackedDocuments) -> dict[str, Any]:
+    # Four dimensions are a mask ready-made to transformers: it makes none, nor looks at the positions, and passes it
+    # on. Should the documents get lost on the way, no attention takes it for one.
+    return {"documents": documents, "attention_mask": documents.starts_N1[None, None, None]}
+
+
+def is_adopted(model: Any) -> bool:
+    return bool(model.config._attn_implementation == ATTENTION_NAME)
+
+
+def common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Return the number of leading tokens that are equal."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(ids), len(others)))
+
+
+def shared_prefixes(
+    documents: Sequence[Sequence[int]], device: torch.device
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Return the arguments of a forward pass of an adopted model over documents, and where their tokens lie in it.
+
+    What a document has in common with the beginning of the one before it (so sort them) is computed once: the input is
+    one row of U tokens, and attention alone sees whole documents. The places, int64 in 0 … U - 1, are one array a
+    document.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[np.ndarray] = []
+    for before, document in pairwise([(), *documents]):
+        shared = common_prefix_length(before, document)
+        own = np.arange(len(ids), len(ids) + len(document) - shared)
+        places.append(np.concatenate([places[-1][:shared], own]) if shared else own)
+        ids += document[shared:]
+        positions += range(shared, len(document))
+    lengths_N, input_T = np.array([len(place) for place in places]), np.concatenate(places)
+    starts_N1 = _on(device, np.append(0, np.cumsum(lengths_N)).astype(np.int32))
+    token_U = np.unique(input_T, return_index=True)[1]
+    shares = (_on(device, input_T), _on(device, token_U)) if len(token_U) < len(input_T) else (None, None)
+    inputs = {"input_ids": _on(device, np.array([ids])), "position_ids": _on(device, np.array([positions]))}
+    return inputs | {"use_cache": False} | _arguments(PackedDocuments(starts_N1, lengths_N, *shares)), places
 
 
 def attend(
@@ -166,10 +211,14 @@ def attend(
     query_THD, key_THD, value_THD = (
         tensor.transpose(1, 2).flatten(0, 1) for tensor in (query_BHSD, key_BHSD, value_BHSD)
     )
+    if documents.input_T is not None:
+        query_THD, key_THD, value_THD = (t.index_select(0, documents.input_T) for t in (query_THD, key_THD, value_THD))
     if dropout == 0.0 and _has_kernel(query_THD):
         output_THD = _by_kernel(documents, query_THD, key_THD, value_THD, scaling)
     else:
         output_THD = _by_length(documents, query_THD, key_THD, value_THD, scaling, dropout)
+    if documents.token_U is not None:
+        output_THD = output_THD.index_select(0, documents.token_U)
     return output_THD[..., :size].unflatten(0, (rows, -1)), None
 
 

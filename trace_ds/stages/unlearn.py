@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from trace_ds.unlearning.grip import Projection
 
 
-CURVE_VERSION = 4  # increment it when the numerical result of a step changes: curves are then computed anew
+CURVE_VERSION = 5  # increment it when the numerical result of a step changes: curves are then computed anew
 
 
 @dataclass(frozen=True)
