@@ -1,4 +1,4 @@
-// Basics: data, elements, formats, theme, tooltip, downloads. Text only ever enters the page as textContent.
+// Basics: data, elements, formats, tooltip, downloads. Text only ever enters the page as textContent.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const redraws = [];
@@ -96,7 +96,7 @@ function hideTip() { tip.hidden = true; }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
 document.addEventListener("scroll", () => { if (tipAnchor) placeTip(...tipAnchor()); else hideTip(); }, { passive: true });
 
-// Redraw when the width or the theme changes.
+// Redraw when the width or the system's theme changes.
 let pending = 0;
 // Draws the charts of a box: only when all are there, since their number decides their width.
 function drawCharts(host) { for (const draw of redraws) if (host.contains(draw.host)) draw(); }
@@ -108,27 +108,7 @@ let lastWidth = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== lastWidth) { lastWidth = innerWidth; redraw(); } });
 
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
-const themeButton = byId("theme");
-function isDark() {
-  const chosen = document.documentElement.dataset.theme;
-  return chosen ? chosen === "dark" : systemDark.matches;
-}
-function labelTheme() {
-  themeButton.textContent = isDark() ? "Light" : "Dark";
-  themeButton.setAttribute("aria-label", isDark() ? "Switch to light colours" : "Switch to dark colours");
-  themeButton.setAttribute("aria-pressed", String(isDark()));
-}
-function store(value) { try { localStorage.setItem("trace-ds-theme", value); } catch (error) { /* file:// may refuse */ } }
-function stored() { try { return localStorage.getItem("trace-ds-theme"); } catch (error) { return null; } }
-if (stored() === "dark" || stored() === "light") document.documentElement.dataset.theme = stored();
-themeButton.addEventListener("click", () => {
-  document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-  store(document.documentElement.dataset.theme);
-  labelTheme();
-  redraw();
-});
-systemDark.addEventListener("change", () => { labelTheme(); redraw(); });
-labelTheme();
+systemDark.addEventListener("change", redraw);
 
 // Line charts as inline SVG, drawn at the size of their box so that text stays readable on phones. Not a library: inlined, those
 // that we compared make the page larger (plotly basic 1,192 kB, vega 521, Plot with d3 490, Chart.js 210, uPlot 51; all of our
@@ -357,7 +337,7 @@ function heatmaps(host) {
   const largest = Math.max(1e-9, busiest > 1.5 * usual ? usual : busiest);
   const ratios = finite(T.log_ratio).map(Math.abs).sort((a, b) => a - b);
   const span = Math.max(Math.log(2), ratios.length ? ratios[Math.floor(0.99 * (ratios.length - 1))] : 0);
-  const even = `even load ${percent(DATA.top_k / E)}`, diverging = () => isDark() ? DIVERGING_DARK : DIVERGING_LIGHT;
+  const even = `even load ${percent(DATA.top_k / E)}`, diverging = () => systemDark.matches ? DIVERGING_DARK : DIVERGING_LIGHT;
   const share = { stops: () => CIVIDIS, place: (v) => v / largest, text: percent, ends: ["0", (largest < busiest ? "≥ " : "") + percent(largest)], note: `share of the tokens; ${even}` };
   const maps = [
     { key: "forget_frequency", title: "Forget text", ...share },

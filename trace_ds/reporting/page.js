@@ -7,7 +7,6 @@ const groups = (rows, key) => {
   }
   return found;
 };
-const points = (rows, x, y) => rows.filter((row) => row[x] !== null && row[y] !== null).map((row) => [row[x], row[y]]);
 for (const name of unique((table("curves") || { arm: [] }).arm)) styleOf(name);
 
 function drawCurves() {
@@ -38,7 +37,7 @@ function drawDrift() {
   const note = "share of the original's experts still selected; 1 = unchanged";
   for (const corpus of ["forget", "retain"]) {
     const rows = rowsOf("drift").filter((row) => row.corpus === corpus);
-    const series = Array.from(groups(rows, "model"), ([name, own]) => ({ name, points: points(own, "layer", "overlap") }));
+    const series = Array.from(groups(rows, "model"), ([name, own]) => ({ name, points: own.filter((row) => row.overlap !== null).map((row) => [row.layer, row.overlap]) }));
     if (series.length) lineChart(host, { title: `Expert overlap on ${corpus} text`, note, series, x: "layer", y: "overlap, 0 … 1", wholeX: true, oneY: true, alwaysLegend: true });
   }
 }
