@@ -179,6 +179,63 @@ def test_the_gains_over_permuted_weights_follow_from_the_published_scores() -> N
         assert_told(row, STUDIES)
 
 
+LITERAL = next(text for title, text in SECTIONS.items() if "bench_literal" in title)
+TOLD = {
+    "uniform": "uniform weights",
+    "sampling": "**TRACE, sampling retain rows**",
+    "literal": "the literal reading: detected experts, mean ratio, weights of the loss",
+    "weighting": "raking over all experts, weights of the loss",
+    "permuted": "control: weights permuted over rows",
+}
+
+
+def gain(row: dict[str, Any]) -> str:
+    low, high = (100 * row["relative_interval"][end] for end in ("low", "high"))
+    return f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")
+
+
+def test_the_study_of_the_literal_reading_follows_from_its_scores() -> None:
+    from tools.study_from_csv import read_curves
+
+    curves_of, target = {}, 0.28888  # the mean of the gold models of seeds 201 to 216, .2389, plus the margin
+    results = {}
+    for baseline in ("uniform", "permuted"):
+        config, _ = load_config("bench_literal", [f"bench.baseline={baseline}"], "out")
+        curves_of[baseline] = read_curves(config, ROOT / "docs/studies/literal.csv")
+        rows = Comparison(config, curves_of[baseline], functools.partial(matched, target=target)).rows()
+        results |= {(baseline, r["method"], r["at"]): r for r in rows if r["metric"] == "kept_facts exact_match"}
+    for method, name in TOLD.items():
+        post = results["uniform", method, "post"]
+        cells = next(line for line in LITERAL.splitlines() if line.startswith(f"| {name} |")).split("|")[2:-1]
+        utility = f"{post['value']:.3f}".lstrip("0") + ("" if method == "uniform" else f", {gain(post)}")
+        assert cells[1].strip() == f"{utility}, {len(post['seeds'])} seeds"
+        if method == "uniform":
+            assert cells[2].strip() == f"{results['uniform', method, 'end']['value']:.3f}".lstrip("0")
+        else:
+            assert cells[2].strip() == gain(results["uniform", method, "end"])
+        if method not in ("uniform", "permuted"):
+            against = results["permuted", method, "post"]
+            assert cells[3].strip() == f"{gain(against)}, {len(against['seeds'])} seeds"
+        strength = next(curve.strength for curve in curves_of["uniform"] if curve.method == method)
+        assert strength == f"alpha={cells[0].strip()}"
+    assert gain(results["permuted", "sampling", "end"]) in LITERAL
+
+
+def test_the_strengths_of_the_literal_study_are_the_best_on_the_screening_seeds() -> None:
+    """Most seeds that forgot, then the highest utility: what the recipe's plan says."""
+    from tools.study_from_csv import read_curves
+
+    config, _ = load_config("bench_literal", [], "out")
+    curves = read_curves(config, ROOT / "docs/studies/literal_screening.csv")
+    screening = Comparison(config, curves, functools.partial(matched, target=0.31589))
+    assert config.bench is not None and screening.seeds == [101, 102, 103, 104]
+    for method, changes in config.bench.methods.items():
+        mine = [curve for curve in curves if curve.method == method]
+        assert screening.best_strength(mine, screening.seeds) == f"alpha={changes['unlearning.alpha']}"
+        strengths = sorted(int(curve.strength.removeprefix("alpha=")) for curve in mine)
+        assert strengths[0] < changes["unlearning.alpha"] < strengths[-1]  # none at an edge
+
+
 @pytest.mark.parametrize("method", ["row_50", "sampling"])
 def test_the_gains_of_row_weights_follow_from_the_published_scores(method: str) -> None:
     metric, rows = published("rows", 0.302)
