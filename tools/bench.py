@@ -592,8 +592,8 @@ def part_of_convert(part: str, options: Options, folder: Path) -> dict[str, Any]
 
 
 def bench_convert(options: Options, folder: Path) -> dict[str, Any]:
-    made = (str(folder / "store"), options.convert_layers, str(folder))
-    torch.multiprocessing.spawn(make_checkpoint, made, nprocs=2)
+    arguments = (str(folder / "store"), options.convert_layers, str(folder))
+    torch.multiprocessing.spawn(make_checkpoint, arguments, nprocs=2)
     result = in_fresh_process("convert", "times", options, folder)
     memory = in_fresh_process("convert", "memory", options, folder)["peak_bytes"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]

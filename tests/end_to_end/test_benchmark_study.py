@@ -170,5 +170,5 @@ def test_inputs_made_for_a_seed_lie_in_a_directory_that_its_run_accepts(
     monkeypatch.setattr(demo, "prepare_inputs", lambda path, seed, regime: (path / "corpora").mkdir())
     monkeypatch.setattr(module, "run_verb", run_verb)
     one = Study(["bench_literal"], tmp_path / "study", ["distributed.nproc=2"])  # else this process joins a group
-    module.run_seed(one.requests[101], "entangled")
+    module.run_seed(one.requests[201], "entangled")
     assert ran[0] == "prepare" and "unlearn" in ran
