@@ -180,7 +180,7 @@ def test_the_gains_over_permuted_weights_follow_from_the_published_scores() -> N
 
 
 LITERAL = next(text for title, text in SECTIONS.items() if "bench_literal" in title)
-TOLD = {
+LITERAL_ROWS = {
     "uniform": "uniform weights",
     "sampling": "**TRACE, sampling retain rows**",
     "literal": "the literal reading: detected experts, mean ratio, weights of the loss",
@@ -204,7 +204,7 @@ def test_the_study_of_the_literal_reading_follows_from_its_scores() -> None:
         curves_of[baseline] = read_curves(config, ROOT / "docs/studies/literal.csv")
         rows = Comparison(config, curves_of[baseline], functools.partial(matched, target=target)).rows()
         results |= {(baseline, r["method"], r["at"]): r for r in rows if r["metric"] == "kept_facts exact_match"}
-    for method, name in TOLD.items():
+    for method, name in LITERAL_ROWS.items():
         post = results["uniform", method, "post"]
         cells = next(line for line in LITERAL.splitlines() if line.startswith(f"| {name} |")).split("|")[2:-1]
         utility = f"{post['value']:.3f}".lstrip("0") + ("" if method == "uniform" else f", {gain(post)}")
